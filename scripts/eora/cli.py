@@ -1,0 +1,96 @@
+"""What all stage scripts share: parameters as one JSON value, device choice, offline mode, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from eora.manifest import NAME
+
+T = TypeVar("T")
+
+
+def stage_folder(text: str) -> Path:
+    """A stage's folder, from its path or from that of the manifest in it."""
+    path = Path(text)
+    return path.parent if path.name == NAME else path
+
+
+def Stage(help: str) -> Any:  # noqa: N802 - used as an option's type, like typer.Option
+    """An option that takes another stage's folder, or the manifest in it."""
+    return typer.Option(parser=stage_folder, help=f"Folder (or manifest.json) of {help}.")
+
+
+Params = typer.Option("--params", help="Parameters as JSON, or @FILE holding it; see above.")
+Out = typer.Option(
+    "--out", parser=stage_folder, help="Output folder; its manifest.json is written last."
+)
+Device = typer.Option("--device", help="auto (CUDA when present), cpu, cuda or cuda:N.")
+
+
+def setup(*, network: bool = False) -> None:
+    """Logs to stderr; keep Hugging Face libraries off the network unless the stage downloads.
+
+    Call it before anything imports transformers, datasets or huggingface_hub: they read these
+    variables once.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not network:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[name] = "1"
+
+
+def parse(text: str, spec: type[T]) -> T:
+    """The stage's parameters as its dataclass; a missing or unknown key is named.
+
+    Raises:
+        typer.BadParameter: not JSON, or keys that do not fit ``spec``.
+    """
+    source = Path(text[1:]).read_text() if text.startswith("@") else text
+    try:
+        values: dict[str, Any] = json.loads(source)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"--params is not JSON: {error}") from None
+    fields = {f.name: f for f in dataclasses.fields(spec)}
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    unknown, missing = set(values) - set(fields), required - set(values)
+    if unknown or missing:
+        problem = [f"unknown: {', '.join(sorted(unknown))}"] if unknown else []
+        problem += [f"missing: {', '.join(sorted(missing))}"] if missing else []
+        raise typer.BadParameter(f"--params has {'; '.join(problem)} (known: {', '.join(fields)})")
+    return spec(**values)
+
+
+def device(name: str) -> str:
+    """Resolve ``auto``; refuse CUDA where there is none, naming the key to change."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"device {name!r} was asked for, but torch sees no CUDA device: "
+            "set runtime.device to auto or cpu, or submit to a node with a GPU"
+        )
+    return name
+
+
+def run(main: Any, doc: str, spec: type) -> None:
+    """Run a stage's ``main`` as a command whose ``--help`` describes it and its parameters."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=f"{doc}\n\n--params takes a JSON object. {spec.__doc__}")(main)
+    app()

@@ -1,0 +1,266 @@
+"""What config.yaml means: checked against the schema and against itself, and turned into jobs.
+
+Needs neither torch nor Snakemake, so that a mistake is reported in a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+from eora import manifest
+
+Config = dict[str, Any]
+
+ORIGINAL = "original"
+_BLOCK = re.compile(r"\.\d+\.")
+
+
+class ConfigError(ValueError):
+    """The config does not fit; the message names every bad key and how to mend it."""
+
+
+def load_schema(path: Path) -> dict[str, Any]:
+    """The config's JSON schema, from YAML."""
+    return yaml.safe_load(path.read_text())
+
+
+def _fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
+    """A copy of ``value`` with every absent key that has a default filled in."""
+    if not isinstance(value, dict):
+        return value
+    known = schema.get("properties", {})
+    filled = {
+        key: entry["default"]
+        for key, entry in known.items()
+        if "default" in entry and key not in value
+    }
+    rest = schema.get("additionalProperties")
+    below = {key: known.get(key, rest if isinstance(rest, dict) else {}) for key in value | filled}
+    return {key: _fill_defaults(v, below[key]) for key, v in (value | filled).items()}
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """One line for each mistake behind a schema error: key, what is wrong, how to mend it."""
+    where = ".".join(str(part) for part in error.absolute_path) or "the config"
+    meaning = error.schema.get("description", "")
+    if error.validator == "additionalProperties":
+        known = list(error.schema["properties"])
+        for key in sorted(set(error.instance) - set(known), key=str):
+            near = difflib.get_close_matches(str(key), known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            place = key if where == "the config" else f"{where}.{key}"
+            yield f"{place}: unknown key; {mend}"
+    elif error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance:
+                hint = error.schema["properties"][key].get("description", "")
+                place = key if where == "the config" else f"{where}.{key}"
+                yield f"{place}: missing; it is needed: {hint}"
+    elif error.parent is not None and error.parent.validator == "propertyNames":
+        yield f"{where}: {error.instance!r} is no usable name: {meaning}"
+    elif error.context or error.validator == "propertyNames":
+        for inner in error.context or []:
+            yield from _explain(inner)
+    else:
+        message = error.message if len(error.message) < 200 else f"{error.message[:200]}..."
+        yield f"{where}: {message}; {meaning}" if meaning else f"{where}: {message}"
+
+
+def _source_mistakes(where: str, entry: Config) -> Iterator[str]:
+    kinds = [kind for kind in ("hub", "wheel", "path") if kind in entry]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none"
+        yield f"{where}: give exactly one of hub, wheel and path (found {found})"
+        return
+    needs = {"hub": {"revision"}, "wheel": {"sha256", "member"}, "path": set()}
+    extra = {"hub": {"name", "data_files"}, "wheel": set(), "path": set()}
+    for key in sorted(needs[kinds[0]] - set(entry)):
+        yield f"{where}.{key}: missing; a {kinds[0]} source needs it"
+    for other in set(needs) - set(kinds):
+        for key in sorted((needs[other] | extra[other]) & set(entry)):
+            yield f"{where}.{key}: belongs to a {other} source; remove it"
+    if "path" in entry and not Path(entry["path"]).expanduser().exists():
+        yield f"{where}.path: {entry['path']} does not exist; name an existing file or folder"
+    rows = entry.get("rows")
+    if rows and rows[0] >= rows[1]:
+        yield f"{where}.rows: {rows} is empty; give [first, end) with first below end"
+
+
+def _reference(where: str, name: str, section: str, config: Config) -> Iterator[str]:
+    known = config[section]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+        yield f"{where}: {section} has no entry {name!r}; {mend}"
+
+
+def _task_mistakes(where: str, task: Config, config: Config) -> Iterator[str]:
+    kinds = [kind for kind in ("lm_eval", "perplexity") if kind in task]
+    if len(kinds) != 1:
+        yield f"{where}: give exactly one of lm_eval and perplexity"
+        return
+    for key in ("perplexity", "dataset", "fewshot_dataset"):
+        if key in task:
+            yield from _reference(f"{where}.{key}", task[key], "datasets", config)
+    if "fewshot_dataset" in task and "dataset" not in task:
+        yield f"{where}.fewshot_dataset: only goes with dataset; remove it or add dataset"
+    if "dataset" in task and task.get("num_fewshot") and "fewshot_dataset" not in task:
+        yield f"{where}.num_fewshot: its examples need fewshot_dataset, as dataset has one split"
+    if kinds == ["perplexity"]:
+        foreign = {"dataset", "fewshot_dataset", "num_fewshot", "limit", "metric"} & set(task)
+        for key in sorted(foreign):
+            yield f"{where}.{key}: belongs to an lm_eval task; remove it"
+
+
+def _mistakes(config: Config) -> Iterator[str]:
+    """What the schema cannot say: references between sections, and settings that clash."""
+    for section in ("models", "datasets"):
+        for name, entry in config[section].items():
+            yield from _source_mistakes(f"{section}.{name}", entry)
+    for name, entry in config["calibrations"].items():
+        where = f"calibrations.{name}.dataset"
+        yield from _reference(where, entry["dataset"], "datasets", config)
+    for name, entry in config["compressions"].items():
+        where = f"compressions.{name}"
+        if name == ORIGINAL:
+            yield f"{where}: the name is taken by the uncompressed model; choose another"
+        yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
+        calibration = config["calibrations"].get(entry["calibration"], {})
+        if calibration.get("layout") == "documents":
+            yield (
+                f"{where}.calibration: AutoRound wants full windows; "
+                f"set calibrations.{entry['calibration']}.layout to packed, or name another"
+            )
+        if entry["format"] == "auto_gptq" and entry["bits"] == 2 and not entry["sym"]:
+            yield (
+                f"{where}.format: auto_gptq cannot hold asymmetric 2-bit weights; "
+                "set format to auto_round, or sym to true"
+            )
+    for name, entry in config["adapters"].items():
+        where = f"adapters.{name}"
+        yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
+        for rank in entry["ranks"]:
+            if rank > entry["max_rank"]:
+                yield (
+                    f"{where}.ranks: {rank} is above max_rank {entry['max_rank']}; "
+                    "raise max_rank (this remakes the decompositions) or lower the rank"
+                )
+    for name, task in config["tasks"].items():
+        yield from _task_mistakes(f"tasks.{name}", task, config)
+
+
+def validate(config: Config, schema: dict[str, Any]) -> Config:
+    """The config with defaults filled in.
+
+    Raises:
+        ConfigError: listing every mistake, each with its key and mend.
+    """
+    errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: e.json_path)
+    mistakes = [line for error in errors for line in _explain(error)]
+    if not mistakes:
+        config = _fill_defaults(config, schema)
+        mistakes = list(_mistakes(config))
+    if mistakes:
+        raise ConfigError("\n".join(f"- {line}" for line in dict.fromkeys(mistakes)))
+    return config
+
+
+def asked_ranks(config: Config) -> dict[str, list[int]]:
+    """Adapter name -> the ranks that the config asks for."""
+    return {name: entry["ranks"] for name, entry in config["adapters"].items()}
+
+
+def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]) -> None:
+    """Refuse ranks above the width of one of the model's decoder layers.
+
+    Args:
+        model: manifest of the model's download.
+        name: the model's name in the config.
+        ranks: see :func:`asked_ranks`.
+
+    Raises:
+        ConfigError: naming the rank and the layer.
+    """
+    widths = {
+        layer: min(entry["shape"])
+        for layer, entry in manifest.tensors(model).items()
+        if layer.endswith(".weight") and len(entry["shape"]) == 2 and _BLOCK.search(layer)
+    }
+    if not widths:
+        return
+    narrow = min(widths, key=lambda layer: widths[layer])
+    mistakes = [
+        f"- adapters.{adapter}.ranks: {rank} is above the width of {narrow} in model {name} "
+        f"({widths[narrow]}); lower the rank to at most {widths[narrow]}"
+        for adapter, wanted in ranks.items()
+        for rank in wanted
+        if rank > widths[narrow]
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to judge: a model as it is, compressed, or compressed with an adapter."""
+
+    model: str
+    compression: str | None = None
+    adapter: str | None = None
+    rank: int | None = None
+    adapter_bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique within the model, and a file name."""
+        if self.compression is None:
+            return ORIGINAL
+        if self.adapter is None:
+            return self.compression
+        return f"{self.compression}+{self.adapter}-r{self.rank}-{self.adapter_bits}bit"
+
+    def row(self) -> Config:
+        """The variant as plain data, for the report."""
+        return {"variant": self.name, **asdict(self)}
+
+
+def variants(config: Config) -> list[Variant]:
+    """All variants that the config names: each model x compression x adapter x rank x bits."""
+    found = []
+    for model in config["models"]:
+        found.append(Variant(model))
+        for compression in config["compressions"]:
+            found.append(Variant(model, compression))
+            found += [
+                Variant(model, compression, adapter, rank, bits)
+                for adapter, entry in config["adapters"].items()
+                for rank in entry["ranks"]
+                for bits in entry["bits"]
+            ]
+    return found
+
+
+SOURCE_KEYS = ("hub", "revision", "wheel", "sha256", "member", "path")
+DATASET_KEYS = (*SOURCE_KEYS, "name", "data_files", "split", "distinct", "rows")
+
+
+def pick(entry: Config, keys: tuple[str, ...]) -> Config:
+    """The entry's items under ``keys``, those that it has."""
+    return {key: entry[key] for key in keys if key in entry}
+
+
+def origin(entry: Config) -> str:
+    """Where a model comes from, in words that mean the same on every machine."""
+    if "hub" in entry:
+        return entry["hub"]
+    if "wheel" in entry:
+        return f"{entry['wheel']}:{entry['member']}"
+    return Path(entry["path"]).name

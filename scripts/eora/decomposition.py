@@ -1,0 +1,85 @@
+"""Layer by layer: error and second moment in, factors on disk out; then one rank as a slice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eora import covariance, solver
+from eora.adapters import Pair
+from eora.streaming import BlockStream, dense_weight, linear_layers
+
+
+def decompose_block(
+    original: BlockStream,
+    compressed: BlockStream,
+    index: int,
+    moments: Path,
+    out: Path,
+    max_rank: int,
+    method: solver.Method,
+) -> None:
+    """Decompose every linear layer of one block; writes one file with its factors.
+
+    The file holds, for each layer (full name), ``.lora_A`` (R, in) float32, ``.lora_B`` (out, R)
+    float32 and ``.residual`` (R + 1,) float64, R = min(max_rank, out, in).
+
+    Args:
+        original, compressed: the two models.
+        index: the block.
+        moments: folder of the second moments' block files.
+        out: folder for the factors' block file.
+    """
+    shared, second_moments = covariance.load_moments(moments / covariance.block_file(index))
+    tensors: dict[str, Tensor] = {}
+    with original.block(index) as exact, compressed.block(index) as rounded:
+        approximate = linear_layers(rounded)
+        for name, layer in linear_layers(exact).items():
+            error = dense_weight(layer).double() - dense_weight(approximate[name]).double()
+            moment = second_moments[shared[name]].to(error.device)
+            factors = solver.decompose(error, moment, max_rank, method)
+            full = f"{original.name(index)}.{name}"
+            tensors[f"{full}.lora_A"] = factors.lora_A.float().cpu().contiguous()
+            tensors[f"{full}.lora_B"] = factors.lora_B.float().cpu().contiguous()
+            tensors[f"{full}.residual"] = factors.residual.cpu()
+    save_file(tensors, out / covariance.block_file(index))
+
+
+def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """The first ``rank`` directions of every layer.
+
+    Args:
+        files: factors of all blocks, see :func:`decompose_block`.
+        rank: at most the ``max_rank`` of the decomposition.
+
+    Returns:
+        layer -> (A, B) in float32, and layer -> its residual curve (R + 1,) float64.
+
+    Raises:
+        ValueError: ``rank`` is larger than what was decomposed.
+    """
+    pairs, curves = {}, {}
+    for file in files:
+        tensors = load_file(file)
+        for key in sorted(tensors):
+            if not key.endswith(".lora_A"):
+                continue
+            layer = key.removesuffix(".lora_A")
+            a, b = tensors[key], tensors[f"{layer}.lora_B"]
+            if rank > len(a):
+                raise ValueError(
+                    f"rank {rank} is above what {layer} was decomposed to ({len(a)}): "
+                    "raise adapters.<name>.max_rank, or lower the rank where the layer is narrower"
+                )
+            pairs[layer] = (a[:rank], b[:, :rank])
+            curves[layer] = tensors[f"{layer}.residual"]
+    return pairs, curves
+
+
+def save_curves(path: Path, curves: dict[str, Tensor]) -> None:
+    """Write each layer's objective left at every rank (entry 0: without adapter), as JSON."""
+    text = json.dumps({layer: curve.tolist() for layer, curve in curves.items()}, sort_keys=True)
+    path.write_text(text + "\n")

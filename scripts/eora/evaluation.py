@@ -1,0 +1,179 @@
+"""Judge a model: any lm-eval task, or perplexity over windows of a text."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict, load_from_disk
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# Looked for in this order when the config names no metric.
+PREFERRED = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "word_perplexity")
+
+SEED = 1234
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> dict[str, Any]:
+    """Perplexity over windows of text: exp of the mean negative log-likelihood a token.
+
+    Every token but a window's first is predicted from those before it in the same window.
+
+    Args:
+        model: causal language model.
+        input_ids: (windows, length) int.
+        batch_size: windows a batch.
+
+    Returns:
+        The metric with its standard error over windows (delta method; None for one window).
+    """
+    device = next(model.parameters()).device
+    losses = []
+    for ids in tqdm(input_ids.long().split(batch_size), desc="windows", unit="batch"):
+        ids = ids.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        nll = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        losses.append(nll.view(len(ids), -1).double().mean(1).cpu())
+    windows = torch.cat(losses)
+    value = math.exp(windows.mean())
+    stderr = value * float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None
+    return {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}
+
+
+def locate_task(name: str) -> str:
+    """The folder of lm-eval's own tasks that defines ``name``, relative to ``lm_eval/tasks``.
+
+    Indexing all of lm-eval's tasks takes seconds; this is done once, and evaluations index that
+    folder alone.
+
+    Raises:
+        KeyError: lm-eval knows no such task or group.
+    """
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager()
+    entry = manager.task_index.get(name)
+    if entry is None or entry.yaml_path is None:
+        raise KeyError(
+            f"lm-eval has no task {name!r} (tasks.<name>.lm_eval); "
+            "`lm-eval ls tasks` lists those that it has"
+        )
+    return entry.yaml_path.relative_to(root).parts[0]
+
+
+def load_task(
+    name: str, folder: str, data: Path | None = None, fewshot: Path | None = None
+) -> dict[str, Any]:
+    """lm-eval's task objects for ``name``, with its own data or with ours.
+
+    Args:
+        name: an lm-eval task or group.
+        folder: see :func:`locate_task`.
+        data: a saved data set that replaces the task's own; its columns must be the same.
+        fewshot: a saved data set to draw few-shot examples from; only with ``data``.
+    """
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(include_path=str(root / folder), include_defaults=False)
+    if data is None:
+        return manager.load([name])
+
+    def splits(**_: Any) -> DatasetDict:
+        found = {"test": load_from_disk(str(data))}
+        if fewshot is not None:
+            found["train"] = load_from_disk(str(fewshot))
+        return DatasetDict(found)
+
+    train = "train" if fewshot is not None else None
+    override = {
+        "task": name,
+        "custom_dataset": splits,
+        "test_split": "test",
+        "validation_split": None,
+        "training_split": train,
+        "fewshot_split": train,
+    }
+    return manager.load([override])
+
+
+def harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: dict[str, Any],
+    name: str,
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    chat_template: bool,
+    batch_size: int,
+) -> tuple[dict[str, Any], int]:
+    """Run one lm-eval task or group on a model object.
+
+    Returns:
+        Metric name -> {value, stderr, higher_is_better}, and the number of samples judged.
+    """
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    output = evaluator.simple_evaluate(
+        wrapped,
+        tasks=list(task["tasks"].values()) if not task["groups"] else list(task["groups"].values()),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat_template,
+        log_samples=False,
+        random_seed=SEED,
+        numpy_random_seed=SEED,
+        torch_random_seed=SEED,
+        fewshot_random_seed=SEED,
+    )
+    counts = output["n-samples"]
+    samples = sum(entry["effective"] for entry in counts.values())
+    higher = output["higher_is_better"].get(name, {})
+    metrics = {}
+    for key, value in output["results"][name].items():
+        metric, _, kind = key.partition(",")
+        if not isinstance(value, int | float) or "_stderr" in metric or not kind:
+            continue
+        stderr = output["results"][name].get(f"{metric}_stderr,{kind}")
+        metrics[metric if kind == "none" else key] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+            "higher_is_better": bool(higher.get(metric, True)),
+        }
+    return metrics, samples
+
+
+def primary(metrics: dict[str, Any], wanted: str | None) -> str:
+    """The metric that the report shows: the config's, or the best known of those measured.
+
+    Raises:
+        KeyError: the wanted metric was not measured; the message lists those that were.
+    """
+    if wanted is not None:
+        if wanted not in metrics:
+            raise KeyError(f"tasks.<name>.metric is {wanted!r}; measured: {', '.join(metrics)}")
+        return wanted
+    named = [m for p in PREFERRED for m in metrics if m.partition(",")[0] == p]
+    return (named or list(metrics))[0]
+
+
+def peak_memory(device: str) -> int:
+    """Peak bytes of this process so far: device memory on CUDA, resident memory on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,95 @@
+"""Original, compressed and compensated models, ready to run.
+
+model, tokenizer = load("results/models/m/model")
+model, tokenizer = load("results/compressed/m/w2g32/model")
+model, tokenizer = load("results/compressed/m/w2g32/model", adapter="results/adapters/.../r64-4bit/adapter")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoRoundConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from eora.lowrank import attach
+from eora.streaming import dense_weight
+
+
+def portable_quantization(config) -> AutoRoundConfig | None:
+    """How to load a checkpoint's quantized layers anywhere: AutoRound's plain torch kernel."""
+    if getattr(config, "quantization_config", None) is None:
+        return None
+    return AutoRoundConfig(backend="torch")
+
+
+def compute_dtype(device: str, checkpoint: torch.dtype) -> torch.dtype:
+    """float32 on a CPU, whose 16-bit kernels are slow; the checkpoint's own dtype on CUDA."""
+    return torch.float32 if device == "cpu" else checkpoint
+
+
+def _densify(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
+    for name, layer in list(model.named_modules()):
+        if not hasattr(layer, "qweight"):
+            continue
+        weight = dense_weight(layer).to(dtype)
+        bias = getattr(layer, "bias", None)
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, dense)
+    return model
+
+
+def load(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, in evaluation mode.
+
+    Packed layers stay packed on CUDA. On a CPU they are dequantized once, as AutoRound's packed
+    kernels are many times slower there than plain ones.
+
+    Args:
+        folder: original or compressed model, as ``from_pretrained`` takes it.
+        adapter: adapter folder of ours, 16-bit (PEFT format) or packed.
+        device: cpu, cuda or cuda:N.
+        trust_remote_code: run model code that the folder carries.
+    """
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    packed = getattr(config, "quantization_config", None) is not None
+    dense = packed and device == "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=portable_quantization(config) if dense else None,
+        dtype=config.dtype if packed else compute_dtype(device, config.dtype),
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+    )
+    if dense:
+        dtype = compute_dtype(device, config.dtype)
+        model = _densify(model, dtype).to(dtype)
+    if adapter is not None:
+        attach(model, Path(adapter))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a checkpoint's config names; float32 where it names none."""
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32

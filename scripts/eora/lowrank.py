@@ -1,0 +1,87 @@
+"""The low-rank runtime: an adapter beside any linear layer, plain or quantized.
+
+PEFT refuses AutoRound's packed layers; this module only calls the layer it wraps, so any will do.
+Low-bit factors stay packed in memory and are unpacked for the one layer that is running.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eora import adapters
+
+
+class Factors(nn.Module):
+    """16-bit A (r, in) and B (out, r), held in the dtype that the model computes in."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor):
+        super().__init__()
+        self.register_buffer("lora_A", lora_A)
+        self.register_buffer("lora_B", lora_B)
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) in ``dtype``."""
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+
+class PackedFactors(nn.Module):
+    """Low-bit A and B^T, packed in memory as on disk (see :mod:`eora.adapters`)."""
+
+    def __init__(self, bits: int, sides: dict[str, dict[str, Tensor]]):
+        super().__init__()
+        self.bits = bits
+        for side, packed in sides.items():
+            for name, tensor in packed.items():
+                self.register_buffer(f"{side}_{name}", tensor)
+
+    def _side(self, side: str, dtype: torch.dtype) -> Tensor:
+        names = ("weight_packed", "weight_scale", "weight_shape")
+        packed = {name: getattr(self, f"{side}_{name}") for name in names}
+        return adapters.unpack(packed, self.bits, dtype)
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), unpacked into ``dtype``."""
+        return self._side("lora_A", dtype), self._side("lora_B_T", dtype).T
+
+
+class LowRankLinear(nn.Module):
+    """``y = base(x) + x A^T B^T``: a linear layer with a low-rank side path."""
+
+    def __init__(self, base: nn.Module, factors: Factors | PackedFactors):
+        super().__init__()
+        self.base, self.factors = base, factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+        a, b = self.factors.matrices(x.dtype)
+        return self.base(x) + (x @ a.T) @ b.T
+
+
+def load_factors(folder: Path) -> dict[str, Factors | PackedFactors]:
+    """Layer name -> factors of an adapter folder, 16-bit or packed, whichever it holds."""
+    if (folder / adapters.PACKED_WEIGHTS).is_file():
+        bits, layers = adapters.load_packed(folder)
+        return {layer: PackedFactors(bits, sides) for layer, sides in layers.items()}
+    return {layer: Factors(a, b) for layer, (a, b) in adapters.load_peft(folder).items()}
+
+
+def attach(model: nn.Module, folder: Path) -> nn.Module:
+    """Put an adapter folder beside the model's layers, in place.
+
+    Raises:
+        KeyError: the adapter names a layer that the model does not have.
+    """
+    for layer, factors in load_factors(folder).items():
+        parent_name, _, leaf = layer.rpartition(".")
+        try:
+            base = model.get_submodule(layer)
+        except AttributeError:
+            raise KeyError(f"{folder} is for another model: no layer {layer}") from None
+        tensor = next((t for t in (*base.parameters(), *base.buffers())), None)
+        device = "cpu" if tensor is None else tensor.device
+        wrapped = LowRankLinear(base, factors.to(device))
+        setattr(model.get_submodule(parent_name), leaf, wrapped)
+    return model

@@ -1,0 +1,247 @@
+"""One decoder block at a time: models larger than memory, run or read block by block.
+
+A checkpoint folder becomes a skeleton without weights (meta tensors). A block's weights are read
+from the safetensors files when it is entered and dropped when it is left, so memory holds one
+block whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file of ``folder`` that holds it.
+
+    Raises:
+        FileNotFoundError: the folder holds no safetensors weights.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    if not found:
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    return found
+
+
+def shard_range(shard: int, shards: int, blocks: int) -> range:
+    """Blocks of shard k of K in a model of L: floor(kL/K) to floor((k+1)L/K)."""
+    return range(shard * blocks // shards, (shard + 1) * blocks // shards)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's decoder blocks: its ModuleList with one entry a hidden layer.
+
+    Raises:
+        ValueError: no such list, so the architecture is not supported.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__}: no list of {depth} decoder blocks found; not supported"
+    )
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers how the model calls it and passes hidden states on."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        # Models ask a block for such things before calling it (sliding or full attention).
+        for name in ("attention_type", "layer_type", "is_sliding"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+class BlockStream:
+    """A causal language model in a safetensors folder, with one decoder block loaded at a time.
+
+    Args:
+        folder: what ``from_pretrained`` would load; plain or quantized weights.
+        device: where blocks run.
+        dtype: dtype that floating-point weights are cast to; None keeps the checkpoint's. Leave it
+            None for quantized checkpoints.
+        trust_remote_code: run model code that the folder carries.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.device, self.dtype = torch.device(device), dtype
+        self._files = weight_files(folder)
+        self._open: dict[Path, Any] = {}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            self._quantize_skeleton()
+        self.model.eval()
+        self.prefix, self.blocks = decoder_blocks(self.model)
+        self._stem_loaded = False
+
+    def _quantize_skeleton(self) -> None:
+        """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""
+        from eora.loading import portable_quantization
+
+        quantization = AutoHfQuantizer.merge_quantization_configs(
+            self.model.config.quantization_config, portable_quantization(self.model.config)
+        )
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": str(self.device)})
+        self.model.config.quantization_config = quantization
+        with torch.device("meta"):
+            quantizer.preprocess_model(model=self.model)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def name(self, index: int) -> str:
+        """Full name of block ``index``, for example ``model.layers.7``."""
+        return f"{self.prefix}.{index}"
+
+    def _read(self, name: str) -> Tensor:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt", device="cpu")
+        tensor = self._open[path].get_tensor(name)
+        if self.dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        return tensor.to(self.device)
+
+    def _materialise(self, name: str, module: nn.Module) -> None:
+        """Give the module's meta tensors their values: from the files, or as the model computes."""
+        computed = defaultdict(list)
+        tensors = list(module.named_parameters()) + list(module.named_buffers())
+        for local, old in tensors:
+            full = f"{name}.{local}" if name else local
+            parent, _, leaf = local.rpartition(".")
+            owner = module.get_submodule(parent)
+            if full in self._files:
+                value = self._read(full)
+                if local in dict(module.named_parameters()):
+                    parameter = nn.Parameter(value, requires_grad=False)
+                    parameter._is_hf_initialized = True  # _init_weights below leaves it alone
+                    owner.register_parameter(leaf, parameter)
+                else:
+                    owner.register_buffer(leaf, value)
+            elif old.is_meta:
+                computed[parent].append(leaf)
+        for parent, leaves in computed.items():
+            owner = module.get_submodule(parent)
+            persistent = set(owner.state_dict()) & set(leaves)
+            if persistent:
+                missing = ", ".join(f"{name}.{parent}.{leaf}" for leaf in sorted(persistent))
+                raise KeyError(f"the checkpoint has no tensor {missing}")
+            for leaf in leaves:  # rotary frequencies and the like: never stored, always computed
+                old = owner._buffers[leaf]
+                owner._buffers[leaf] = torch.empty_like(old, device=self.device)
+            self.model._init_weights(owner)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights on the device; they are dropped on leaving."""
+        block = self.blocks[index]
+        self._materialise(self.name(index), block)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+            self._open.clear()
+
+    def _load_stem(self) -> None:
+        """Load what stands outside the blocks and before the head: embeddings, rotary, norms."""
+        for name, module in self.model.base_model.named_modules():
+            full = f"{self.model.base_model_prefix}.{name}" if name else ""
+            if not full or full == self.prefix or full.startswith(f"{self.prefix}."):
+                continue
+            if not any(True for _ in module.children()):
+                self._materialise(full, module)
+        self._stem_loaded = True
+
+    @torch.inference_mode()
+    def calls(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """How the model would call each block on this batch, without running any block.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            attention_mask: (batch, seq), 1 for real tokens; None where there is no padding.
+
+        Returns:
+            The first block's input (batch, seq, hidden), and each block's keyword arguments
+            (masks and position embeddings do not depend on what earlier blocks computed).
+        """
+        if not self._stem_loaded:
+            self._load_stem()
+        recorders = [_Recorder(block) for block in self.blocks]
+        parent_name, _, leaf = self.prefix.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        setattr(parent, leaf, nn.ModuleList(recorders))
+        try:
+            self.model.base_model(
+                input_ids=input_ids.to(self.device),
+                attention_mask=None if attention_mask is None else attention_mask.to(self.device),
+                use_cache=False,
+            )
+        finally:
+            setattr(parent, leaf, self.blocks)
+        return recorders[0].hidden, [recorder.kwargs for recorder in recorders]
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """Local name -> layer, for every linear layer of a block, plain or quantized, in order.
+
+    A quantized layer is a leaf that holds packed weights (``qweight``) in place of ``weight``.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) or hasattr(module, "qweight")
+    }
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight (out, in), dequantized by the layer's own forward where it is packed.
+
+    The forward of the identity is exact: every output is one dequantized weight plus zeros.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach()
+    eye = torch.eye(layer.infeatures, dtype=torch.float32, device=layer.qweight.device)
+    with torch.inference_mode():
+        out = layer(eye).T
+        bias = getattr(layer, "bias", None)
+        return out if bias is None else out - bias[:, None]

@@ -1,0 +1,111 @@
+"""Judge one model (original, compressed, or compressed with an adapter) by one task."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eora import cli, manifest
+
+
+@dataclass
+class Params:
+    """Keys: kind (lm_eval or perplexity); metric to show (null: the usual one); version.
+    For lm_eval: name, num_fewshot (null: the task's own), limit (null: all), chat_template.
+    For perplexity: column that holds the text, window (tokens), windows (how many)."""
+
+    kind: str
+    version: int
+    metric: str | None = None
+    name: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    column: str | None = None
+    window: int | None = None
+    windows: int | None = None
+    trust_remote_code: bool = False
+
+
+def main(
+    params: Annotated[str, cli.Params],
+    model: Annotated[Path, cli.Stage("the download or the compress stage")],
+    out: Annotated[Path, cli.Out],
+    adapter: Annotated[Path | None, cli.Stage("an adapter, 16-bit or packed")] = None,
+    task: Annotated[Path | None, cli.Stage("the prepare_task stage")] = None,
+    dataset: Annotated[Path | None, cli.Stage("a data set's download")] = None,
+    fewshot: Annotated[Path | None, cli.Stage("a data set for few-shot examples")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 8,
+    device: Annotated[str, cli.Device] = "auto",
+) -> None:
+    if task is not None:
+        os.environ["HF_HOME"] = str((task / "cache").resolve())
+    cli.setup()
+    spec = cli.parse(params, Params)
+    from eora import evaluation, loading, text
+
+    where = cli.device(device)
+    given = {
+        "model": model,
+        "adapter": adapter,
+        "task": task,
+        "dataset": dataset,
+        "fewshot": fewshot,
+    }
+    # Seconds and memory differ from run to run: results.json holds them, the manifest does not.
+    notes: dict = {}
+    with manifest.publish(
+        out,
+        stage="evaluate",
+        params=vars(spec),
+        inputs={name: path for name, path in given.items() if path is not None},
+        tools=("lm_eval", "torch", "transformers"),
+        volatile=("results.json",),
+        notes=notes,
+    ) as folder:
+        started = time.monotonic()
+        network, tokenizer = loading.load(
+            model / "model",
+            None if adapter is None else adapter / "adapter",
+            where,
+            spec.trust_remote_code,
+        )
+        if spec.kind == "perplexity":
+            documents = text.texts(dataset / "data", spec.column)
+            ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed")
+            metrics, samples = evaluation.perplexity(network, ids, batch_size), len(ids)
+        else:
+            where_defined = json.loads((task / "task.json").read_text())["folder"]
+            data = None if dataset is None else dataset / "data"
+            examples = None if fewshot is None else fewshot / "data"
+            metrics, samples = evaluation.harness(
+                network,
+                tokenizer,
+                evaluation.load_task(spec.name, where_defined, data, examples),
+                spec.name,
+                num_fewshot=spec.num_fewshot,
+                limit=spec.limit,
+                chat_template=spec.chat_template,
+                batch_size=batch_size,
+            )
+        notes |= {
+            "metrics": metrics,
+            "primary": evaluation.primary(metrics, spec.metric),
+            "samples": samples,
+        }
+        result = notes | {
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": evaluation.peak_memory(where),
+            "device": where,
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),
+        }
+        (folder / "results.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

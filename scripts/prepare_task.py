@@ -1,0 +1,46 @@
+"""Find an lm-eval task's definition and, where it has data of its own, download them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from eora import cli, manifest
+
+
+@dataclass
+class Params:
+    """Keys: lm_eval (name of the task or group); download (false where the config gives the data);
+    version."""
+
+    lm_eval: str
+    download: bool
+    version: int
+
+
+def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> None:
+    spec = cli.parse(params, Params)
+    # Evaluations, which are offline, look for the data here.
+    cache = out / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HOME"] = str(cache.resolve())
+    cli.setup(network=spec.download)
+    from eora import evaluation
+
+    with manifest.publish(
+        out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets")
+    ) as folder:
+        where = evaluation.locate_task(spec.lm_eval)
+        task = {"lm_eval": spec.lm_eval, "folder": where, "rows": {}}
+        if spec.download:
+            loaded = evaluation.load_task(spec.lm_eval, where)
+            task["rows"] = {
+                name: {split: len(rows) for split, rows in leaf.dataset.items()}
+                for name, leaf in loaded["tasks"].items()
+            }
+        (folder / "task.json").write_text(json.dumps(task, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

@@ -1,0 +1,41 @@
+"""Round one rank's adapter to a few bits and pack it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from eora import cli, manifest
+
+
+@dataclass
+class Params:
+    """Keys: bits; group_size (values that share a scale); base_model; version."""
+
+    bits: int
+    group_size: int
+    base_model: str
+    version: int
+
+
+def main(
+    params: Annotated[str, cli.Params],
+    adapter: Annotated[Path, cli.Stage("the adapter stage (16-bit)")],
+    out: Annotated[Path, cli.Out],
+) -> None:
+    cli.setup()
+    spec = cli.parse(params, Params)
+    from eora import adapters
+
+    with manifest.publish(
+        out,
+        stage="quantize_adapter",
+        params=vars(spec),
+        inputs={"adapter": adapter},
+        tools=("compressed-tensors", "torch"),
+    ) as folder:
+        pairs = adapters.load_peft(adapter / "adapter")
+        adapters.save_packed(folder / "adapter", pairs, spec.bits, spec.group_size, spec.base_model)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, Params)

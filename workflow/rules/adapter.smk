@@ -1,0 +1,122 @@
+# Original, compressed model and second moments -> factors once, then each rank's adapter, 16-bit
+# (PEFT) and in few bits.
+# Out: decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}/factors,
+#      adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit/adapter
+
+
+rule decompose:
+    """Fit all ranks at once: the rank-r optimum is a slice of the max_rank one."""
+    input:
+        model=made("models/{model}"),
+        model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
+        compressed=made("compressed/{model}/{compression}"),
+        compressed_files=ancient(f"{RESULTS}/compressed/{{model}}/{{compression}}/model"),
+        moments=lambda wc: made(moments_of(wc)),
+        moments_files=lambda wc: ancient(f"{RESULTS}/{moments_of(wc)}/moments"),
+    output:
+        manifest=made("decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}"),
+        factors=directory(
+            f"{RESULTS}/decompositions/{{model}}/{{compression}}/{{adapter}}/{{shard}}-of-{{shards}}/factors"
+        ),
+    log:
+        f"{RESULTS}/logs/decompose/{{model}}/{{compression}}/{{adapter}}/{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/decompose/{{model}}/{{compression}}/{{adapter}}/{{shard}}-of-{{shards}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: THREADS
+    resources:
+        gpu=1,
+        device=RUNTIME["device"],
+        mem_mb=16000,
+        runtime=240,
+    params:
+        script=script("decompose"),
+        spec=lambda wc: spec(
+            "decompose",
+            **cfg.pick(config["adapters"][wc.adapter], ("method", "max_rank")),
+            shard=int(wc.shard),
+            shards=int(wc.shards),
+            **trust(wc.model),
+        ),
+    message:
+        "Decomposing the error of {wildcards.model} {wildcards.compression} for"
+        " {wildcards.adapter}, shard {wildcards.shard} of {wildcards.shards}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} --model {input.model}"
+        " --compressed {input.compressed} --moments {input.moments}"
+        " --device {resources.device} --out {output.manifest} 2>&1 | tee {log}"
+
+
+rule adapter:
+    """Slice one rank and save it in PEFT's LoRA format."""
+    input:
+        decompositions=lambda wc: [made(folder) for folder in shards_of(wc)],
+        factors=lambda wc: [ancient(f"{RESULTS}/{folder}/factors") for folder in shards_of(wc)],
+    output:
+        manifest=made("adapters/{model}/{compression}/{adapter}/r{rank}-16bit"),
+        residuals=f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/residuals.json",
+        adapter=directory(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/adapter"
+        ),
+    log:
+        f"{RESULTS}/logs/adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        script=script("adapter"),
+        spec=lambda wc: spec(
+            "adapter",
+            rank=int(wc.rank),
+            base_model=cfg.origin(config["models"][wc.model]),
+        ),
+    message:
+        "Adapter {wildcards.adapter} of rank {wildcards.rank} for"
+        " {wildcards.model} {wildcards.compression}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} {input.decompositions}"
+        " --out {output.manifest} 2>&1 | tee {log}"
+
+
+rule quantize_adapter:
+    """Round one rank's adapter to a few bits, group by group, and pack it."""
+    input:
+        adapter=made("adapters/{model}/{compression}/{adapter}/r{rank}-16bit"),
+        adapter_files=ancient(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/adapter"
+        ),
+    output:
+        manifest=made("adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit"),
+        adapter=directory(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-{{bits}}bit/adapter"
+        ),
+    log:
+        f"{RESULTS}/logs/quantize_adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-{{bits}}bit.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/quantize_adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-{{bits}}bit.tsv"
+    wildcard_constraints:
+        bits=r"[2348]",
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        script=script("quantize_adapter"),
+        spec=lambda wc: spec(
+            "quantize_adapter",
+            bits=int(wc.bits),
+            group_size=config["adapters"][wc.adapter]["group_size"],
+            base_model=cfg.origin(config["models"][wc.model]),
+        ),
+    message:
+        "Rounding adapter {wildcards.adapter} of rank {wildcards.rank} for"
+        " {wildcards.model} {wildcards.compression} to {wildcards.bits} bits"
+    shell:
+        "python {params.script:q} --params {params.spec:q} --adapter {input.adapter}"
+        " --out {output.manifest} 2>&1 | tee {log}"

@@ -1,0 +1,248 @@
+# Config validation, and the names, parameters and targets that all stages share.
+#
+# Staleness: a stage gets its configuration as ONE tracked param, canonical JSON with exactly the
+# keys that change its result and the stage's version. Runtime settings (device, batch size,
+# threads) are not tracked. Manifests are tracked inputs; the big files beside them are ancient().
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
+
+from eora import config as cfg
+from eora import manifest as mf
+
+# Raise a stage's version when its algorithm changes: its results and what follows are remade.
+VERSIONS = {
+    "download_model": 1,
+    "download_dataset": 1,
+    "tokenize": 1,
+    "compress": 1,
+    "covariance": 1,
+    "decompose": 1,
+    "adapter": 1,
+    "quantize_adapter": 1,
+    "prepare_task": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+
+try:
+    config = cfg.validate(
+        config,
+        cfg.load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml")),
+    )
+    for _model in config["models"]:
+        _made = Path(config["results"], "models", _model, mf.NAME)
+        if _made.is_file():
+            cfg.check_ranks(mf.load(_made), _model, cfg.asked_ranks(config))
+except cfg.ConfigError as error:
+    # No traceback: the message is for the person who edits the file.
+    raise WorkflowError(f"The config does not fit. Please mend:\n{error}") from None
+
+RESULTS = config["results"]
+RUNTIME = config["runtime"]
+SHARDS = config["covariance"]["shards"]
+THREADS = RUNTIME["threads"] or os.cpu_count()
+VARIANTS = {(v.model, v.name): v for v in cfg.variants(config)}
+
+
+wildcard_constraints:
+    model=r"[^/]+",
+    dataset=r"[^/]+",
+    calibration=r"[^/]+",
+    compression=r"[^/+]+",
+    adapter=r"[^/+]+",
+    variant=r"[^/]+",
+    task=r"[^/]+",
+    rank=r"\d+",
+    bits=r"\d+",
+    shard=r"\d+",
+    shards=r"\d+",
+
+
+def made(folder):
+    """The manifest of a stage's output folder."""
+    return f"{RESULTS}/{folder}/{mf.NAME}"
+
+
+def spec(stage, **keys):
+    """A stage's tracked param: what of the config changes its result, and its version."""
+    return mf.canonical({**keys, "version": VERSIONS[stage]})
+
+
+def trust(model):
+    """The model's own permission to run its code; a key only where it is given."""
+    return {"trust_remote_code": True} if config["models"][model]["trust_remote_code"] else {}
+
+
+def source(entry, keys):
+    """Tracked part of a source. A local path is tracked by its files, not by where it lies."""
+    picked = cfg.pick(entry, keys)
+    if "path" in picked:
+        picked["path"] = Path(picked["path"]).name
+    return picked
+
+
+def local_files(entry):
+    """The files of a local source, so that a change in one is seen; none for other sources."""
+    if "path" not in entry:
+        return []
+    path = Path(entry["path"]).expanduser()
+    if path.is_dir():
+        return sorted(str(p) for p in path.iterdir() if p.is_file())
+    return [str(path)]
+
+
+def path_option(entry):
+    """The script's argument for a local source."""
+    return ["--path", str(Path(entry["path"]).expanduser())] if "path" in entry else []
+
+
+def script(name):
+    """A stage's command. Untracked, as params that depend on input are: the checkout may move."""
+    path = Path(workflow.basedir, "scripts", f"{name}.py")
+    return lambda wc, input: path
+
+
+# --- compress.smk ---
+
+COMPRESS_KEYS = (
+    "bits",
+    "group_size",
+    "sym",
+    "iters",
+    "batch_size",
+    "format",
+    "alg_ext",
+    "keep",
+    "seed",
+)
+
+
+# --- covariance.smk ---
+
+
+def hidden_before(wc):
+    """Hidden states that shard k > 0 starts from."""
+    if wc.shard == "0":
+        return []
+    before = f"{wc.model}/{wc.calibration}/{int(wc.shard) - 1}-of-{wc.shards}"
+    return ancient(f"{RESULTS}/covariance/{before}/hidden.safetensors")
+
+
+def manifest_before(wc):
+    """Manifest of the shard before."""
+    if wc.shard == "0":
+        return []
+    return made(f"covariance/{wc.model}/{wc.calibration}/{int(wc.shard) - 1}-of-{wc.shards}")
+
+
+# --- adapter.smk ---
+
+
+def moments_of(wc):
+    """Folder of the second moments that an adapter's shard is fitted in."""
+    calibration = config["adapters"][wc.adapter]["calibration"]
+    return f"covariance/{wc.model}/{calibration}/{wc.shard}-of-{wc.shards}"
+
+
+def shards_of(wc):
+    """Folders of all decompositions that a rank is sliced from."""
+    base = f"decompositions/{wc.model}/{wc.compression}/{wc.adapter}"
+    return [f"{base}/{shard}-of-{SHARDS}" for shard in range(SHARDS)]
+
+
+# --- evaluate.smk ---
+
+
+LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template", "metric")
+
+
+def evaluation_inputs(wc):
+    """Manifests (tracked) and big files (ancient) of what is judged and what it is judged by."""
+    variant, task = VARIANTS[wc.model, wc.variant], config["tasks"][wc.task]
+    if variant.compression is None:
+        folders = {"model": (f"models/{variant.model}", "model")}
+    else:
+        folders = {"model": (f"compressed/{variant.model}/{variant.compression}", "model")}
+    if variant.adapter is not None:
+        base = f"adapters/{variant.model}/{variant.compression}/{variant.adapter}"
+        rank = f"r{variant.rank}-{variant.adapter_bits}bit"
+        folders["adapter"] = (f"{base}/{rank}", "adapter")
+    if "lm_eval" in task:
+        folders["task"] = (f"tasks/{wc.task}", "task.json")
+    for key, name in (
+        ("dataset", task.get("dataset") or task.get("perplexity")),
+        ("fewshot", task.get("fewshot_dataset")),
+    ):
+        if name is not None:
+            folders[key] = (f"datasets/{name}", "data")
+    tracked = {key: made(folder) for key, (folder, _) in folders.items()}
+    files = {
+        f"{key}_files": ancient(f"{RESULTS}/{folder}/{name}")
+        for key, (folder, name) in folders.items()
+    }
+    return tracked | files
+
+
+def evaluation_spec(wc):
+    """What of a task changes its result."""
+    task = config["tasks"][wc.task]
+    if "lm_eval" in task:
+        keys = {"kind": "lm_eval", "name": task["lm_eval"], **cfg.pick(task, LM_EVAL_KEYS)}
+    else:
+        column = config["datasets"][task["perplexity"]]["text"]
+        keys = {
+            "kind": "perplexity",
+            "column": column,
+            **cfg.pick(task, ("window", "windows")),
+        }
+    return spec("evaluate", **keys, **trust(wc.model))
+
+
+def evaluation_options(wc, input):
+    """The script's arguments for those inputs that this evaluation has."""
+    keys = ("model", "adapter", "task", "dataset", "fewshot")
+    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
+
+
+# --- report.smk ---
+
+
+def judged():
+    """Folders of all evaluations that the config asks for."""
+    return [
+        f"evaluations/{model}/{variant}/{task}"
+        for model, variant in VARIANTS
+        for task in config["tasks"]
+    ]
+
+
+def weighed():
+    """Folders of the models and adapters whose bytes the report counts."""
+    folders = {}  # ordered, each once
+    for v in VARIANTS.values():
+        if v.compression is None:
+            folders[f"models/{v.model}"] = None
+        elif v.adapter is None:
+            folders[f"compressed/{v.model}/{v.compression}"] = None
+        else:
+            base = f"adapters/{v.model}/{v.compression}/{v.adapter}"
+            folders[f"{base}/r{v.rank}-{v.adapter_bits}bit"] = None
+    return list(folders)
+
+
+def report_spec(wc):
+    """Everything that the report says of the config."""
+    return spec(
+        "report",
+        variants=[v.row() for v in VARIANTS.values()],
+        tasks=list(config["tasks"]),
+        compressions=config["compressions"],
+        adapters=config["adapters"],
+        calibrations=config["calibrations"],
+    )

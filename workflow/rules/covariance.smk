@@ -1,0 +1,48 @@
+# The original model and calibration samples -> second moments of every linear layer's input.
+# Out: covariance/{model}/{calibration}/{shard}-of-{shards}/moments, a chain of shards: each hands
+# its hidden states to the next and a killed job costs one shard.
+
+
+rule covariance:
+    """Run all samples through one shard of decoder blocks, one block on the device at a time."""
+    input:
+        model=made("models/{model}"),
+        model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
+        tokens=made("tokens/{model}/{calibration}"),
+        tokens_file=ancient(f"{RESULTS}/tokens/{{model}}/{{calibration}}/tokens.safetensors"),
+        before=manifest_before,
+        hidden=hidden_before,
+    output:
+        manifest=made("covariance/{model}/{calibration}/{shard}-of-{shards}"),
+        moments=directory(
+            f"{RESULTS}/covariance/{{model}}/{{calibration}}/{{shard}}-of-{{shards}}/moments"
+        ),
+        hidden=temp(
+            f"{RESULTS}/covariance/{{model}}/{{calibration}}/{{shard}}-of-{{shards}}/hidden.safetensors"
+        ),
+    log:
+        f"{RESULTS}/logs/covariance/{{model}}/{{calibration}}/{{shard}}-of-{{shards}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/covariance/{{model}}/{{calibration}}/{{shard}}-of-{{shards}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: THREADS
+    resources:
+        gpu=1,
+        device=RUNTIME["device"],
+        batch_size=RUNTIME["batch_size"],
+        mem_mb=16000,
+        runtime=240,
+    params:
+        script=script("covariance"),
+        spec=lambda wc: spec(
+            "covariance", shard=int(wc.shard), shards=int(wc.shards), **trust(wc.model)
+        ),
+        hidden=lambda wc, input: ["--hidden", input.hidden] if input.hidden else [],
+    message:
+        "Second moments of {wildcards.model} on {wildcards.calibration},"
+        " shard {wildcards.shard} of {wildcards.shards}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} --model {input.model} --tokens {input.tokens}"
+        " {params.hidden:q} --batch-size {resources.batch_size} --device {resources.device}"
+        " --out {output.manifest} 2>&1 | tee {log}"

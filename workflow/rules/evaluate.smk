@@ -1,0 +1,34 @@
+# A model, compressed model or adapter on it, and a task -> metrics.
+# Out: evaluations/{model}/{variant}/{task}/results.json
+
+
+rule evaluate:
+    """Judge one variant of a model by one task."""
+    input:
+        unpack(evaluation_inputs),
+    output:
+        manifest=made("evaluations/{model}/{variant}/{task}"),
+        results=f"{RESULTS}/evaluations/{{model}}/{{variant}}/{{task}}/results.json",
+    log:
+        f"{RESULTS}/logs/evaluate/{{model}}/{{variant}}/{{task}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/evaluate/{{model}}/{{variant}}/{{task}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: THREADS
+    resources:
+        gpu=1,
+        device=RUNTIME["device"],
+        batch_size=RUNTIME["batch_size"],
+        mem_mb=16000,
+        runtime=240,
+    params:
+        script=script("evaluate"),
+        spec=evaluation_spec,
+        options=evaluation_options,
+    message:
+        "Judging {wildcards.model} {wildcards.variant} by {wildcards.task}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} {params.options:q}"
+        " --batch-size {resources.batch_size} --device {resources.device}"
+        " --out {output.manifest} 2>&1 | tee {log}"
