@@ -85,6 +85,8 @@ def load_task(
         fewshot: a saved data set to draw few-shot examples from; only with ``data``.
     """
     import lm_eval.tasks
+    from lm_eval.tasks._index import Kind
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     root = Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager(include_path=str(root / folder), include_defaults=False)
@@ -98,15 +100,17 @@ def load_task(
         return DatasetDict(found)
 
     train = "train" if fewshot is not None else None
+    entry = manager.task_index[name]
+    if entry.yaml_path is None or entry.kind is not Kind.TASK:
+        raise ValueError(f"tasks.<name>.dataset fits single lm-eval tasks; {name} is a group")
     override = {
-        "task": name,
         "custom_dataset": splits,
         "test_split": "test",
         "validation_split": None,
         "training_split": train,
         "fewshot_split": train,
     }
-    return manager.load([override])
+    return manager.load([load_yaml(entry.yaml_path, resolve_func=True) | override])
 
 
 def harness(

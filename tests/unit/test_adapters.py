@@ -1,0 +1,105 @@
+"""Adapter folders and the low-rank runtime."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eora import adapters, lowrank
+
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_model):
+    """Random adapters for every linear layer of the tiny model's blocks."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    return {
+        name: (torch.randn(RANK, m.in_features) * 0.1, torch.randn(m.out_features, RANK) * 0.1)
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "layers" in name
+    }
+
+
+def test_peft_loads_it_and_gives_the_same_logits(tiny_model, pairs, tmp_path):
+    adapters.save_peft(tmp_path, pairs, RANK, "tiny")
+    ids = torch.arange(2, 34)[None]
+    with torch.inference_mode():
+        theirs = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path
+        )(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+        before = plain(ids).logits
+        ours = lowrank.attach(plain, tmp_path)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - before).abs().max() > 0.1  # the adapter does something
+
+
+def test_rank_padding_keeps_the_product(pairs, tmp_path):
+    layer, (a, b) = next(iter(pairs.items()))
+    adapters.save_peft(tmp_path, {layer: (a, b)}, RANK + 3, "tiny")
+    a2, b2 = adapters.load_peft(tmp_path)[layer]
+    assert a2.shape[0] == b2.shape[1] == RANK + 3
+    torch.testing.assert_close(b2.float() @ a2.float(), b.half().float() @ a.half().float())
+
+
+def test_config_is_the_same_from_run_to_run(pairs, tmp_path):
+    for name in ("a", "b"):
+        adapters.save_peft(tmp_path / name, dict(sorted(pairs.items())), RANK, "tiny")
+    first, second = ((tmp_path / n / "adapter_config.json").read_bytes() for n in "ab")
+    assert first == second
+    assert json.loads(first)["lora_alpha"] == RANK
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(8, 64), (3, 96), (16, 40), (5, 7)])
+def test_packing_rounds_to_the_nearest_of_its_grid(bits, shape):
+    matrix = torch.randn(*shape)
+    packed = adapters.pack(matrix, bits, 32)
+    rounded = adapters.unpack(packed, bits, torch.float32)
+    group = shape[1] // packed["weight_scale"].shape[1]
+    step = packed["weight_scale"].float().repeat_interleave(group, dim=1)
+    # Half a step inside the grid; a whole one at its positive end, which two's complement lacks.
+    assert ((matrix - rounded).abs() <= step * 1.001).all()
+    assert ((matrix - rounded).abs() <= step * 0.501).float().mean() > 0.8
+
+
+def test_four_bits_take_about_four_and_a_half(pairs, tmp_path):
+    adapters.save_peft(tmp_path / "r16", pairs, RANK, "tiny")
+    adapters.save_packed(tmp_path / "r4", pairs, 4, 32, "tiny")
+
+    def payload(path):
+        return sum(
+            t.nbytes for name, t in load_file(path).items() if not name.endswith("weight_shape")
+        )
+
+    ratio = payload(tmp_path / "r4" / adapters.PACKED_WEIGHTS) / payload(
+        tmp_path / "r16" / adapters.WEIGHTS
+    )
+    assert ratio == pytest.approx(4.5 / 16, rel=0.01)
+
+
+def test_packed_factors_stay_packed_and_compute_their_rounded_product(tiny_model, pairs, tmp_path):
+    adapters.save_packed(tmp_path, pairs, 4, 32, "tiny")
+    model = lowrank.attach(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)
+    layer, (a, b) = next(iter(pairs.items()))
+    wrapped = model.get_submodule(layer)
+    dtypes = {t.dtype for n, t in wrapped.factors.named_buffers() if n.endswith("packed")}
+    assert dtypes == {torch.int32}
+    x = torch.randn(5, a.shape[1])
+    rounded_a = adapters.unpack(adapters.pack(a, 4, 32), 4, torch.float32)
+    rounded_b = adapters.unpack(adapters.pack(b.T, 4, 32), 4, torch.float32).T
+    with torch.inference_mode():
+        expected = wrapped.base(x) + x @ rounded_a.T @ rounded_b.T
+        torch.testing.assert_close(wrapped(x), expected)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model, pairs, tmp_path):
+    adapters.save_peft(tmp_path, {"model.layers.9.mlp.up_proj": (torch.ones(8, 64),) * 2}, 8, "x")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(KeyError, match=r"another model.*layers\.9"):
+        lowrank.attach(model, tmp_path)

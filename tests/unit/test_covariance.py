@@ -1,0 +1,122 @@
+"""Second moments: a plain sum over real tokens, whatever the batches, shards or padding."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eora import covariance, streaming
+
+SEQLEN = 24
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Seven right-padded samples: input_ids (7, 24) and their lengths."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([24, 24, 7, 1, 13, 24, 20], dtype=torch.int32)
+    ids = torch.randint(2, 256, (7, SEQLEN), generator=generator, dtype=torch.int32)
+    return ids.masked_fill(torch.arange(SEQLEN) >= lengths[:, None], 0), lengths
+
+
+def collect(folder, samples, batch_size, shards=1, tmp=None):
+    """All blocks' second moments: full layer name -> C, and the number of tokens."""
+    stream = streaming.BlockStream(folder, "cpu", torch.float32)
+    data = covariance.batches(*samples, batch_size)
+    found, tokens, hidden = {}, set(), None
+
+    def keep(index, block):
+        for name, leader in block.shared.items():
+            found[f"{stream.name(index)}.{name}"] = block.moments[leader].mean()
+        tokens.update(m.tokens for m in block.moments.values())
+
+    for shard in range(shards):
+        blocks = streaming.shard_range(shard, shards, len(stream))
+        hidden = covariance.run_shard(stream, blocks, data, hidden, keep)
+        # As between jobs: through one padded tensor.
+        hidden = covariance.rebatch(covariance.flatten(hidden, SEQLEN), data)
+    return found, tokens
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, samples):
+    """The same by hooks on the whole model, one unpadded sample at a time, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    sums = {}
+
+    def hook_for(name):
+        def hook(module, args):
+            x = args[0].flatten(0, -2)
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            module.register_forward_pre_hook(hook_for(name))
+    with torch.inference_mode():
+        for ids, length in zip(*samples, strict=True):
+            model(ids[None, :length].long())
+    return {name: total / samples[1].sum() for name, total in sums.items()}
+
+
+def worst(found, expected):
+    assert found.keys() == expected.keys()
+    return max(
+        ((found[n].double() - expected[n]).norm() / expected[n].norm()).item() for n in expected
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_streamed_equals_whole_model_whatever_the_batch(tiny_model, samples, reference, batch_size):
+    found, tokens = collect(tiny_model, samples, batch_size)
+    assert tokens == {int(samples[1].sum())}  # padding is not counted
+    assert worst(found, reference) < 1e-5
+
+
+def test_shards_chain(tiny_model, samples, reference):
+    found, _ = collect(tiny_model, samples, batch_size=2, shards=3)
+    assert worst(found, reference) < 1e-5
+
+
+def test_order_of_batches_does_not_matter(tiny_model, samples):
+    forward, _ = collect(tiny_model, samples, batch_size=2)
+    backward, _ = collect(tiny_model, tuple(t.flip(0) for t in samples), batch_size=2)
+    assert worst(forward, {n: c.double() for n, c in backward.items()}) < 1e-5
+
+
+def test_early_batches_weigh_as_much_as_late_ones():
+    moment = covariance.SecondMoment()
+    for i in range(50):
+        x = torch.zeros(4, 50)
+        x[:, i] = 1.0
+        moment.add(x)
+    torch.testing.assert_close(moment.mean(), torch.eye(50) / 50)
+
+
+def test_small_addends_are_not_lost_in_a_large_sum():
+    moment = covariance.SecondMoment()
+    moment.add(torch.full((1, 1), 1e4))  # 1e8: float32 cannot hold 1e8 + 1
+    for _ in range(1000):
+        moment.add(torch.ones(1, 1))
+    assert moment.sum.item() == 1e8 + 1000
+
+
+def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
+    stream = streaming.BlockStream(tiny_model, "cpu")
+    path = tmp_path / covariance.block_file(0)
+    covariance.run_shard(
+        stream,
+        range(1),
+        covariance.batches(*samples, 4),
+        None,
+        lambda _, block: covariance.save_moments(path, block),
+    )
+    shared, moments = covariance.load_moments(path)
+    assert len(shared) == 7 and len(moments) == 4
+    assert shared["self_attn.k_proj"] == shared["self_attn.v_proj"] == "self_attn.q_proj"
+    assert shared["mlp.up_proj"] == "mlp.gate_proj"
+
+
+def test_empty_moment_is_refused():
+    with pytest.raises(ValueError, match="no token"):
+        covariance.SecondMoment().mean()

@@ -1,0 +1,151 @@
+"""The decomposition against the textbook form of EoRA, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eora import solver
+
+SHAPES = [(12, 30), (30, 12), (16, 16)]
+
+
+def problem(out, features, tokens, seed=0, scale=1.0):
+    """An error (out, in) and a second moment (in, in) of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = draw(tokens, features) @ draw(features, features) * scale
+    return draw(out, features), x.T @ x / tokens
+
+
+def textbook(error, moment, rank):
+    """EoRA as the paper writes it: project by Q L^1/2, truncate the SVD, project back."""
+    values, q = torch.linalg.eigh(moment)
+    projection = q * values.sqrt()
+    u, s, vh = torch.linalg.svd(error @ projection, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank] @ torch.linalg.inv(projection)
+
+
+def objective(error, product, moment):
+    rest = error - product
+    return (rest @ moment @ rest.T).trace()
+
+
+def product(factors, rank):
+    return factors.lora_B[:, :rank] @ factors.lora_A[:rank]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_agrees_with_the_textbook_form(shape, rank):
+    error, moment = problem(*shape, tokens=200)
+    ours = product(solver.decompose(error, moment, 12, "eora"), rank)
+    theirs = textbook(error, moment, rank)
+    assert torch.linalg.norm(ours - theirs) <= 1e-9 * torch.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_curve_is_the_objective_at_every_rank(shape):
+    error, moment = problem(*shape, tokens=200)
+    factors = solver.decompose(error, moment, 10, "eora")
+    left = [objective(error, product(factors, r), moment).item() for r in range(11)]
+    assert factors.residual.tolist() == pytest.approx(left, rel=1e-9)
+    assert (factors.residual.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_nest(shape):
+    error, moment = problem(*shape, tokens=200)
+    large, small = (solver.decompose(error, moment, r, "eora") for r in (10, 4))
+    torch.testing.assert_close(product(large, 4), product(small, 4), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rank_deficient_second_moment_does_no_harm(shape, tokens):
+    error, moment = problem(*shape, tokens=tokens)
+    factors = solver.decompose(error, moment, 12, "eora")
+    assert torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()
+    # Inputs span only `tokens` directions, so that many ranks repair all that can be seen.
+    assert objective(error, product(factors, tokens), moment) <= 1e-12 * factors.residual[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_scale_of_the_second_moment_does_not_matter(shape, scale):
+    error, moment = problem(*shape, tokens=200)
+    plain = solver.decompose(error, moment, 6, "eora")
+    scaled = solver.decompose(error, moment * scale, 6, "eora")
+    torch.testing.assert_close(product(scaled, 6), product(plain, 6), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(scaled.residual, plain.residual * scale, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_to_repair_gives_zero_factors(shape):
+    error, moment = problem(*shape, tokens=200)
+    for e, c in ((torch.zeros_like(error), moment), (error, torch.zeros_like(moment))):
+        factors = solver.decompose(e, c, 4, "eora")
+        assert not factors.lora_A.any() and not factors.lora_B.any() and not factors.residual.any()
+
+
+def test_dead_channels_get_no_weight():
+    error, moment = problem(10, 20, tokens=100)
+    moment[3], moment[:, 3] = 0, 0
+    factors = solver.decompose(error, moment, 10, "eora")
+    assert objective(error, product(factors, 10), moment) <= 1e-12 * factors.residual[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_are_balanced(shape):
+    factors = solver.decompose(*problem(*shape, tokens=200), 8, "eora")
+    torch.testing.assert_close(factors.lora_A.norm(dim=1), factors.lora_B.norm(dim=0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_svd_is_the_best_product_of_the_error_itself(shape):
+    error, moment = problem(*shape, tokens=200)
+    factors = solver.decompose(error, moment, 3, "svd")
+    u, s, vh = torch.linalg.svd(error, full_matrices=False)
+    torch.testing.assert_close(product(factors, 3), (u[:, :3] * s[:3]) @ vh[:3])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_diagonal_is_the_best_product_in_scaled_inputs(shape):
+    error, moment = problem(*shape, tokens=200)
+    factors = solver.decompose(error, moment, 3, "diagonal")
+    scale = moment.diagonal().sqrt()
+    u, s, vh = torch.linalg.svd(error * scale, full_matrices=False)
+    torch.testing.assert_close(product(factors, 3), (u[:, :3] * s[:3]) @ vh[:3] / scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    out=st.integers(2, 14),
+    features=st.integers(2, 14),
+    tokens=st.integers(1, 30),
+    rank=st.integers(1, 14),
+    seed=st.integers(0, 10_000),
+)
+def test_no_other_product_of_that_rank_is_better(out, features, tokens, rank, seed):
+    error, moment = problem(out, features, tokens, seed)
+    factors = solver.decompose(error, moment, rank, "eora")
+    best = objective(error, product(factors, rank), moment)
+    generator = torch.Generator().manual_seed(seed)
+    for size in (1e-3, 1e-1):
+        a, b = (
+            f + size * torch.randn(f.shape, generator=generator, dtype=f.dtype)
+            for f in (factors.lora_A, factors.lora_B)
+        )
+        assert best <= objective(error, b @ a, moment) + 1e-9 * factors.residual[0]
+
+
+def test_bad_input_is_refused():
+    error, moment = problem(4, 6, tokens=20)
+    with pytest.raises(ValueError, match="does not fit"):
+        solver.decompose(error.T, moment, 2, "eora")
+    with pytest.raises(ValueError, match="max_rank"):
+        solver.decompose(error, moment, 0, "eora")
+    with pytest.raises(ValueError, match="unknown method"):
+        solver.decompose(error, moment, 2, "lora")
+    with pytest.raises(ValueError, match="not finite"):
+        solver.decompose(error * float("nan"), moment, 2, "eora")

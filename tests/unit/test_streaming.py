@@ -1,0 +1,43 @@
+"""Blocks streamed from disk are the blocks of the whole model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eora import streaming
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+@pytest.mark.parametrize("blocks", [1, 3, 30, 64])
+def test_shards_cover_every_block_once(shards, blocks):
+    covered = [i for k in range(shards) for i in streaming.shard_range(k, shards, blocks)]
+    assert covered == list(range(blocks))
+
+
+def test_streamed_forward_equals_the_model(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    stream = streaming.BlockStream(tiny_model, "cpu")
+    ids = torch.arange(2, 22).view(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with torch.inference_mode():
+        states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        hidden, calls = stream.calls(ids, mask.bool())
+        torch.testing.assert_close(hidden, states[0])
+        for index in range(len(stream) - 1):  # the last state is normed
+            with stream.block(index) as block:
+                hidden = block(hidden, **calls[index])
+            torch.testing.assert_close(hidden[mask.bool()], states[index + 1][mask.bool()])
+
+
+def test_only_the_entered_block_holds_weights(tiny_model):
+    stream = streaming.BlockStream(tiny_model, "cpu")
+    loaded = lambda: [not next(b.parameters()).is_meta for b in stream.blocks]  # noqa: E731
+    with stream.block(1):
+        assert loaded() == [False, True, False]
+    assert loaded() == [False, False, False]
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        streaming.weight_files(tmp_path)

@@ -1,0 +1,168 @@
+"""What the whole workflow leaves behind, on a tiny real model."""
+
+import csv
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from eora import adapters, covariance, decomposition, loading, lowrank, manifest, streaming
+
+IDS = torch.arange(2, 66).view(2, 32)
+
+
+def rows(pipeline):
+    with (pipeline.results / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def adapter(pipeline, bits):
+    return pipeline.results / f"adapters/tiny/w2/eora/r8-{bits}bit"
+
+
+def test_summary_has_every_combination(pipeline):
+    variants = {"original"} | {
+        f"{c}{a}" for c in ("w2", "w4") for a in ("", "+eora-r8-16bit", "+eora-r8-4bit")
+    }
+    assert {(r["variant"], r["task"]) for r in rows(pipeline)} == {
+        (v, t) for v in variants for t in ("choice", "text")
+    }
+    assert all(float(r["value"]) == float(r["value"]) for r in rows(pipeline))
+
+
+def test_results_hold_what_is_needed_to_judge_them(pipeline):
+    for path in pipeline.results.glob("evaluations/*/*/*/results.json"):
+        result = json.loads(path.read_text())
+        metric = result["metrics"][result["primary"]]
+        assert metric["stderr"] > 0
+        assert result["samples"] == {"choice": 6, "text": 4}[path.parent.name]
+        assert result["seconds"] > 0 and result["peak_memory_bytes"] > 1e6
+        assert {"lm_eval", "torch"} <= set(result["versions"])
+
+
+def test_report_is_one_page_that_names_every_variant(pipeline):
+    page = (pipeline.results / "report.html").read_text()
+    assert page.count("<svg") >= 2 and "src=" not in page
+    for row in rows(pipeline):
+        assert row["variant"] in page
+
+
+def test_the_run_says_where_the_report_is(pipeline):
+    done = pipeline.snakemake("--forcerun", "report")
+    assert str(pipeline.results / "report.html") in done.stdout
+
+
+def test_every_job_left_a_log_and_a_benchmark(pipeline):
+    logs = {p.relative_to(pipeline.results / "logs").with_suffix("") for p in find(pipeline, "log")}
+    marks = {
+        p.relative_to(pipeline.results / "benchmarks").with_suffix("")
+        for p in find(pipeline, "tsv")
+    }
+    assert logs == marks and len(logs) > 30
+
+
+def find(pipeline, suffix):
+    return pipeline.results.rglob(f"*.{suffix}")
+
+
+def test_compressed_model_is_packed_and_loads_as_plain_transformers(pipeline):
+    folder = pipeline.results / "compressed/tiny/w2"
+    names = manifest.tensors(manifest.load(folder))
+    assert names["model.layers.0.mlp.up_proj.qweight"]["dtype"] == "I32"
+    model, _ = loading.load(folder / "model")
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_dense_weights_give_the_packed_layers_outputs(pipeline):
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    folder = pipeline.results / "compressed/tiny/w2/model"
+    packed = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=AutoRoundConfig(backend="torch")
+    )
+    layers = dict(streaming.linear_layers(packed.model.layers[1]))
+    assert len(layers) == 7
+    for layer in layers.values():
+        x = torch.randn(5, layer.infeatures)
+        with torch.inference_mode():
+            torch.testing.assert_close(x @ streaming.dense_weight(layer).T, layer(x))
+
+
+@torch.inference_mode()
+def test_peft_on_the_dense_model_gives_our_logits(pipeline):
+    base = pipeline.results / "compressed/tiny/w2/model"
+    ours, _ = loading.load(base, adapter(pipeline, 16) / "adapter")
+    dense, _ = loading.load(base)
+    before = dense(IDS).logits
+    theirs = PeftModel.from_pretrained(dense, adapter(pipeline, 16) / "adapter")(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, theirs, rtol=1e-4, atol=1e-4)
+    assert (theirs - before).abs().max() > 1e-2
+
+
+def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
+    """Read back weights and moments as any user could, solve as the paper does, compare."""
+    original = streaming.BlockStream(pipeline.results / "models/tiny/model", "cpu")
+    rounded = streaming.BlockStream(pipeline.results / "compressed/tiny/w2/model", "cpu")
+    pairs = adapters.load_peft(adapter(pipeline, 16) / "adapter")
+    files = sorted(pipeline.results.glob("covariance/tiny/moments/*/moments/*"))
+    curves = json.loads((adapter(pipeline, 16) / "residuals.json").read_text())
+    assert len(files) == len(original) == 3
+    for index, file in enumerate(files):
+        assert file.name == covariance.block_file(index)
+        shared, moments = covariance.load_moments(file)
+        with original.block(index) as exact, rounded.block(index) as approximate:
+            for name, layer in streaming.linear_layers(exact).items():
+                error = (
+                    layer.weight - streaming.dense_weight(approximate.get_submodule(name))
+                ).double()
+                c = moments[shared[name]].double()
+                values, q = torch.linalg.eigh(c)
+                projection = q * values.clamp(min=0).sqrt()
+                singular = torch.linalg.svdvals(error @ projection)
+                best = singular[8:].square().sum().item()
+                a, b = (m.double() for m in pairs[f"{original.name(index)}.{name}"])
+                rest = error - b @ a
+                left = (rest @ c @ rest.T).trace().item()
+                total = singular.square().sum().item()
+                # float16 factors: within a millionth of the error's whole weight
+                assert left == pytest.approx(best, abs=2e-6 * total)
+                curve = curves[f"{original.name(index)}.{name}"]
+                assert curve[8] == pytest.approx(best, rel=1e-5, abs=1e-9 * total)
+                assert curve[0] == pytest.approx(total, rel=1e-6)
+
+
+def test_a_rank_that_was_not_decomposed_is_refused(pipeline):
+    files = sorted(pipeline.results.glob("decompositions/tiny/w2/eora/*/factors/*"))
+    assert len(decomposition.slice_rank(files, 16)[0]) == 21
+    with pytest.raises(ValueError, match="max_rank"):
+        decomposition.slice_rank(files, 17)
+
+
+def test_low_bit_adapter_is_small_and_loads(pipeline):
+    def stored(bits):
+        entries = manifest.tensors(manifest.load(adapter(pipeline, bits)))
+        width = {"F16": 2, "I32": 4, "I64": 8}
+        return sum(
+            width[e["dtype"]] * e["shape"][0] * e["shape"][1]
+            for n, e in entries.items()
+            if not n.endswith("weight_shape")
+        )
+
+    assert stored(4) / stored(16) == pytest.approx(4.5 / 16, rel=0.01)
+    model, _ = loading.load(
+        pipeline.results / "compressed/tiny/w2/model", adapter(pipeline, 4) / "adapter"
+    )
+    assert sum(isinstance(m, lowrank.LowRankLinear) for m in model.modules()) == 21
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_manifests_hold_no_path_of_the_machine(pipeline):
+    found = list(pipeline.results.rglob(manifest.NAME))
+    assert len(found) > 25
+    for path in found:
+        assert str(pipeline.folder) not in path.read_text()
+
+
+def test_hidden_states_are_not_kept(pipeline):
+    assert not list(pipeline.results.rglob("hidden.safetensors"))
