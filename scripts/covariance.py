@@ -32,10 +32,11 @@ def main(
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
+    import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from eora import covariance, loading, streaming
+    from eora import covariance, streaming
 
     where = cli.device(device)
     # hidden.safetensors is handed to the next shard and then deleted.
@@ -50,7 +51,8 @@ def main(
         stream = streaming.BlockStream(
             model / "model",
             where,
-            loading.compute_dtype(where, loading.checkpoint_dtype(model / "model")),
+            # A CPU has few 16-bit kernels; on CUDA the checkpoint's own dtype is what is served.
+            torch.float32 if where == "cpu" else None,
             spec.trust_remote_code,
         )
         blocks = streaming.shard_range(spec.shard, spec.shards, len(stream))

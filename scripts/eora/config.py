@@ -6,6 +6,7 @@ Needs neither torch nor Snakemake, so that a mistake is reported in a second.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,20 @@ Config = dict[str, Any]
 
 ORIGINAL = "original"
 _BLOCK = re.compile(r"\.\d+\.")
+_TYPES = {
+    "object": "a section (keys with values below it)",
+    "array": "a list",
+    "string": "text",
+    "integer": "a whole number",
+    "boolean": "true or false",
+}
+# After one of these mistakes the config has not the shape that the checks of _mistakes rely on.
+_SHAPE = ("type", "required", "minItems")
+# The keys that mean something only beside the one that says how a task judges.
+_TASK_KEYS = {
+    "lm_eval": ("dataset", "fewshot_dataset", "num_fewshot", "limit", "chat_template", "metric"),
+    "perplexity": ("window", "windows"),
+}
 
 
 class ConfigError(ValueError):
@@ -34,6 +49,10 @@ def load_schema(path: Path) -> dict[str, Any]:
 
 def _fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
     """A copy of ``value`` with every absent key that has a default filled in."""
+    if isinstance(value, list):
+        return [_fill_defaults(v, schema.get("items", {})) for v in value]
+    if isinstance(value, float):
+        return int(value)  # the schema has whole numbers only, and takes 16.0 for one
     if not isinstance(value, dict):
         return value
     known = schema.get("properties", {})
@@ -47,31 +66,66 @@ def _fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return {key: _fill_defaults(v, below[key]) for key, v in (value | filled).items()}
 
 
+def _shown(value: Any) -> str:
+    """The value as one would write it in YAML, cut where it is long."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_shown, value))}]"
+    else:
+        text = yaml.safe_dump(value, allow_unicode=True, width=1000)
+        text = text.removesuffix("...\n").strip()
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _dotted(*parts: Any) -> str:
+    return ".".join(part if isinstance(part, str) else _shown(part) for part in parts)
+
+
+def _odd_keys(value: Any, *where: Any) -> Iterator[str]:
+    """Keys that YAML did not read as text: numbers, dates, on, no, ~."""
+    for key, below in value.items() if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            place = _dotted(*where, key)
+            yield f"{place}: YAML reads this key as {_shown(key)}, not as text; put it in quotes"
+        yield from _odd_keys(below, *where, key)
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     """One line for each mistake behind a schema error: key, what is wrong, how to mend it."""
-    where = ".".join(str(part) for part in error.absolute_path) or "the config"
+    at, value, wanted = error.absolute_path, error.instance, error.validator_value
+    where = _dotted(*at) or "the config"
     meaning = error.schema.get("description", "")
-    if error.validator == "additionalProperties":
+    wrong = error.message if len(error.message) < 200 else f"{error.message[:200]}..."
+    if "propertyNames" in error.absolute_schema_path:
+        where, wrong = _dotted(*at, value), f"{_shown(value)} is no usable name"
+    elif error.validator == "additionalProperties":
         known = list(error.schema["properties"])
-        for key in sorted(set(error.instance) - set(known), key=str):
-            near = difflib.get_close_matches(str(key), known, n=1)
+        for key in (k for k in value if isinstance(k, str) and k not in known):
+            near = difflib.get_close_matches(key, known, n=1)
             mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            place = key if where == "the config" else f"{where}.{key}"
-            yield f"{place}: unknown key; {mend}"
+            yield f"{_dotted(*at, key)}: unknown key; {mend}"
+        return
     elif error.validator == "required":
-        for key in error.validator_value:
-            if key not in error.instance:
-                hint = error.schema["properties"][key].get("description", "")
-                place = key if where == "the config" else f"{where}.{key}"
-                yield f"{place}: missing; it is needed: {hint}"
-    elif error.parent is not None and error.parent.validator == "propertyNames":
-        yield f"{where}: {error.instance!r} is no usable name: {meaning}"
-    elif error.context or error.validator == "propertyNames":
-        for inner in error.context or []:
-            yield from _explain(inner)
-    else:
-        message = error.message if len(error.message) < 200 else f"{error.message[:200]}..."
-        yield f"{where}: {message}; {meaning}" if meaning else f"{where}: {message}"
+        for key in (k for k in wanted if k not in value):
+            hint = error.schema["properties"][key]["description"]
+            yield f"{_dotted(*at, key)}: missing; it is needed: {hint}"
+        return
+    elif error.validator == "type":
+        kinds = wanted if isinstance(wanted, list) else [wanted]
+        types = " or ".join(_TYPES[kind] for kind in kinds)
+        wrong = f"{_shown(value)} is not {types}"
+        if value is None:
+            wrong = f"empty; give {types}" + (", or remove it" if "default" in error.schema else "")
+        elif wanted == "string" and not isinstance(value, list | dict):
+            wrong += ", put it in quotes"
+        elif wanted == "array" and not isinstance(value, dict):
+            wrong += f", write [{_shown(value)}]"
+    elif error.validator == "enum":
+        wrong = f"{_shown(value)} is none of {', '.join(_shown(v) for v in wanted)}"
+    elif error.validator == "pattern":
+        wrong = f"{_shown(value)} does not fit"
+    yield f"{where}: {wrong}; {meaning}" if meaning else f"{where}: {wrong}"
 
 
 def _source_mistakes(where: str, entry: Config) -> Iterator[str]:
@@ -84,10 +138,10 @@ def _source_mistakes(where: str, entry: Config) -> Iterator[str]:
     extra = {"hub": {"name", "data_files"}, "wheel": set(), "path": set()}
     for key in sorted(needs[kinds[0]] - set(entry)):
         yield f"{where}.{key}: missing; a {kinds[0]} source needs it"
-    for other in set(needs) - set(kinds):
+    for other in (kind for kind in needs if kind not in kinds):
         for key in sorted((needs[other] | extra[other]) & set(entry)):
             yield f"{where}.{key}: belongs to a {other} source; remove it"
-    if "path" in entry and not Path(entry["path"]).expanduser().exists():
+    if "path" in entry and not os.path.exists(os.path.expanduser(entry["path"])):
         yield f"{where}.path: {entry['path']} does not exist; name an existing file or folder"
     rows = entry.get("rows")
     if rows and rows[0] >= rows[1]:
@@ -102,11 +156,18 @@ def _reference(where: str, name: str, section: str, config: Config) -> Iterator[
         yield f"{where}: {section} has no entry {name!r}; {mend}"
 
 
-def _task_mistakes(where: str, task: Config, config: Config) -> Iterator[str]:
-    kinds = [kind for kind in ("lm_eval", "perplexity") if kind in task]
+def _task_mistakes(
+    where: str, task: Config, config: Config, known: dict[str, Any]
+) -> Iterator[str]:
+    kinds = [kind for kind in _TASK_KEYS if kind in task]
     if len(kinds) != 1:
-        yield f"{where}: give exactly one of lm_eval and perplexity"
+        found = " and ".join(kinds) or "none"
+        yield f"{where}: give exactly one of lm_eval and perplexity (found {found})"
         return
+    (other,) = set(_TASK_KEYS) - set(kinds)
+    # A default is filled in by now: it cannot be told from one that was written, and does no harm.
+    for key in (k for k in _TASK_KEYS[other] if task.get(k) != known[k].get("default")):
+        yield f"{where}.{key}: goes with {other}, not with {kinds[0]}; remove it"
     for key in ("perplexity", "dataset", "fewshot_dataset"):
         if key in task:
             yield from _reference(f"{where}.{key}", task[key], "datasets", config)
@@ -114,13 +175,9 @@ def _task_mistakes(where: str, task: Config, config: Config) -> Iterator[str]:
         yield f"{where}.fewshot_dataset: only goes with dataset; remove it or add dataset"
     if "dataset" in task and task.get("num_fewshot") and "fewshot_dataset" not in task:
         yield f"{where}.num_fewshot: its examples need fewshot_dataset, as dataset has one split"
-    if kinds == ["perplexity"]:
-        foreign = {"dataset", "fewshot_dataset", "num_fewshot", "limit", "metric"} & set(task)
-        for key in sorted(foreign):
-            yield f"{where}.{key}: belongs to an lm_eval task; remove it"
 
 
-def _mistakes(config: Config) -> Iterator[str]:
+def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
     """What the schema cannot say: references between sections, and settings that clash."""
     for section in ("models", "datasets"):
         for name, entry in config[section].items():
@@ -153,8 +210,9 @@ def _mistakes(config: Config) -> Iterator[str]:
                     f"{where}.ranks: {rank} is above max_rank {entry['max_rank']}; "
                     "raise max_rank (this remakes the decompositions) or lower the rank"
                 )
+    known = schema["properties"]["tasks"]["additionalProperties"]["properties"]
     for name, task in config["tasks"].items():
-        yield from _task_mistakes(f"tasks.{name}", task, config)
+        yield from _task_mistakes(f"tasks.{name}", task, config, known)
 
 
 def validate(config: Config, schema: dict[str, Any]) -> Config:
@@ -163,11 +221,12 @@ def validate(config: Config, schema: dict[str, Any]) -> Config:
     Raises:
         ConfigError: listing every mistake, each with its key and mend.
     """
-    errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda e: e.json_path)
-    mistakes = [line for error in errors for line in _explain(error)]
-    if not mistakes:
+    odd = list(_odd_keys(config))
+    errors = list(Draft202012Validator(schema).iter_errors(config))
+    mistakes = odd + [line for error in errors for line in _explain(error)]
+    if not odd and not any(error.validator in _SHAPE for error in errors):
         config = _fill_defaults(config, schema)
-        mistakes = list(_mistakes(config))
+        mistakes += _mistakes(config, schema)
     if mistakes:
         raise ConfigError("\n".join(f"- {line}" for line in dict.fromkeys(mistakes)))
     return config

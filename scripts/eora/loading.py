@@ -31,11 +31,6 @@ def portable_quantization(config) -> AutoRoundConfig | None:
     return AutoRoundConfig(backend="torch")
 
 
-def compute_dtype(device: str, checkpoint: torch.dtype) -> torch.dtype:
-    """float32 on a CPU, whose 16-bit kernels are slow; the checkpoint's own dtype on CUDA."""
-    return torch.float32 if device == "cpu" else checkpoint
-
-
 def _densify(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
     for name, layer in list(model.named_modules()):
@@ -58,7 +53,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, in evaluation mode.
+    """A causal language model and its tokenizer, in evaluation mode and the checkpoint's dtype.
 
     Packed layers stay packed on CUDA. On a CPU they are dequantized once, as AutoRound's packed
     kernels are many times slower there than plain ones.
@@ -77,19 +72,13 @@ def load(
         folder,
         config=config,
         quantization_config=portable_quantization(config) if dense else None,
-        dtype=config.dtype if packed else compute_dtype(device, config.dtype),
+        dtype=config.dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
     )
     if dense:
-        dtype = compute_dtype(device, config.dtype)
-        model = _densify(model, dtype).to(dtype)
+        model = _densify(model, config.dtype).to(config.dtype)
     if adapter is not None:
         attach(model, Path(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
-
-
-def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The dtype that a checkpoint's config names; float32 where it names none."""
-    return AutoConfig.from_pretrained(folder).dtype or torch.float32

@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
-
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from eora import config as cfg
@@ -40,8 +38,9 @@ try:
         if _made.is_file():
             cfg.check_ranks(mf.load(_made), _model, cfg.asked_ranks(config))
 except cfg.ConfigError as error:
-    # No traceback: the message is for the person who edits the file.
-    raise WorkflowError(f"The config does not fit. Please mend:\n{error}") from None
+    # The message is for the person who edits the file: no traceback, no line of this one.
+    _files = ", ".join(map(str, workflow.configfiles)) or "The config"
+    sys.exit(f"{_files} does not fit. Please mend:\n{error}")
 
 RESULTS = config["results"]
 RUNTIME = config["runtime"]

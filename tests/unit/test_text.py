@@ -1,0 +1,42 @@
+"""Texts cut into token samples."""
+
+import pytest
+from datasets import Dataset
+
+from conftest import SENTENCES, make_tokenizer
+from eora import text
+
+TOKENIZER = make_tokenizer()
+
+
+def test_packed_windows_are_the_joined_text():
+    ids, lengths = text.windows(SENTENCES, TOKENIZER, 5, 16, "packed")
+    joined = [t for s in SENTENCES for t in TOKENIZER(s)["input_ids"] + [TOKENIZER.eos_token_id]]
+    assert ids.flatten().tolist() == joined[: 5 * 16]
+    assert lengths.tolist() == [16] * 5
+
+
+def test_documents_are_cut_and_padded():
+    documents = [SENTENCES[0], " ".join(SENTENCES[:9]), SENTENCES[1]]
+    ids, lengths = text.windows(documents, TOKENIZER, 3, 40, "documents")
+    for row, length, document in zip(ids, lengths, documents, strict=True):
+        expected = TOKENIZER(document)["input_ids"][:40]
+        assert length == len(expected)
+        assert row[:length].tolist() == expected and not row[length:].any()
+
+
+@pytest.mark.parametrize("layout", ["packed", "documents"])
+def test_too_little_text_is_refused_with_what_there_is(layout):
+    with pytest.raises(ValueError, match="only .* samples.*lower samples"):
+        text.windows(SENTENCES[:2], TOKENIZER, 50, 16, layout)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    Dataset.from_dict({"passage": ["a"]}).save_to_disk(tmp_path)
+    with pytest.raises(KeyError, match="passage"):
+        text.texts(tmp_path, "text")
+
+
+def test_blank_texts_are_skipped(tmp_path):
+    Dataset.from_dict({"text": ["a", " ", "", None, "b"]}).save_to_disk(tmp_path)
+    assert list(text.texts(tmp_path, "text")) == ["a", "b"]
