@@ -1,7 +1,6 @@
 """Judge one model (original, compressed, or compressed with an adapter) by one task."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ def main(
     device: Annotated[str, cli.Device] = "auto",
 ) -> None:
     if task is not None:
-        os.environ["HF_HOME"] = str((task / "cache").resolve())
+        cli.task_cache(task)
     cli.setup()
     spec = cli.parse(params, Params)
     from eora import evaluation, loading, text

@@ -1,7 +1,6 @@
 """Find an lm-eval task's definition and, where it has data of its own, download them."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,17 +20,14 @@ class Params:
 
 def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> None:
     spec = cli.parse(params, Params)
-    # Evaluations, which are offline, look for the data here.
-    cache = out / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HOME"] = str(cache.resolve())
-    cli.setup(network=spec.download)
+    cli.task_cache(out)
+    cli.setup(network=True)
     from eora import evaluation
 
     with manifest.publish(
         out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets")
     ) as folder:
-        where = evaluation.locate_task(spec.lm_eval)
+        where = evaluation.locate_task(spec.lm_eval)  # imports its code, which may fetch things
         task = {"lm_eval": spec.lm_eval, "folder": where, "rows": {}}
         if spec.download:
             loaded = evaluation.load_task(spec.lm_eval, where)

@@ -50,6 +50,18 @@ def setup(*, network: bool = False) -> None:
             os.environ[name] = "1"
 
 
+def task_cache(folder: Path) -> None:
+    """Keep what an lm-eval task fetches in its own folder, where offline evaluations find it.
+
+    Like :func:`setup`, before anything imports datasets or nltk.
+    """
+    cache = (folder / "cache").resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HOME"] = str(cache)
+    os.environ["NLTK_DATA"] = str(cache / "nltk")
+    (cache / "nltk").mkdir(exist_ok=True)
+
+
 def parse(text: str, spec: type[T]) -> T:
     """The stage's parameters as its dataclass; a missing or unknown key is named.
 

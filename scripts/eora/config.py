@@ -51,8 +51,8 @@ def _fill_defaults(value: Any, schema: dict[str, Any]) -> Any:
     """A copy of ``value`` with every absent key that has a default filled in."""
     if isinstance(value, list):
         return [_fill_defaults(v, schema.get("items", {})) for v in value]
-    if isinstance(value, float):
-        return int(value)  # the schema has whole numbers only, and takes 16.0 for one
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 16.0 passes for a whole number, and is to mean the same
     if not isinstance(value, dict):
         return value
     known = schema.get("properties", {})

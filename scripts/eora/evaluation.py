@@ -55,12 +55,13 @@ def locate_task(name: str) -> str:
     """The folder of lm-eval's own tasks that defines ``name``, relative to ``lm_eval/tasks``.
 
     Indexing all of lm-eval's tasks takes seconds; this is done once, and evaluations index that
-    folder alone.
+    folder alone. The task's code is imported, as some of it fetches what it needs on import.
 
     Raises:
         KeyError: lm-eval knows no such task or group.
     """
     import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     root = Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager()
@@ -70,6 +71,7 @@ def locate_task(name: str) -> str:
             f"lm-eval has no task {name!r} (tasks.<name>.lm_eval); "
             "`lm-eval ls tasks` lists those that it has"
         )
+    load_yaml(entry.yaml_path, resolve_func=True)
     return entry.yaml_path.relative_to(root).parts[0]
 
 

@@ -1,8 +1,9 @@
 """Original, compressed and compensated models, ready to run.
 
-model, tokenizer = load("results/models/m/model")
-model, tokenizer = load("results/compressed/m/w2g32/model")
-model, tokenizer = load("results/compressed/m/w2g32/model", adapter="results/adapters/.../r64-4bit/adapter")
+Paths are those of the workflow's results, for example::
+
+    base = "results/compressed/m/w2g32/model"
+    model, tokenizer = load(base, adapter="results/adapters/m/w2g32/eora/r64-4bit/adapter")
 """
 
 from __future__ import annotations
