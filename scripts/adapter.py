@@ -30,7 +30,7 @@ def main(
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from eora import adapters, decomposition
+    from eora import adapters, covariance, decomposition
 
     with manifest.publish(
         out,
@@ -39,7 +39,9 @@ def main(
         inputs={f"shard {i}": path for i, path in enumerate(decompositions)},
         tools=("peft", "torch"),
     ) as folder:
-        files = [file for path in decompositions for file in sorted((path / "factors").iterdir())]
+        files = [
+            file for path in decompositions for file in covariance.block_files(path / "factors")
+        ]
         pairs, curves = decomposition.slice_rank(files, spec.rank)
         adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model)
         decomposition.save_curves(folder / "residuals.json", curves)

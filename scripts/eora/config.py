@@ -237,6 +237,26 @@ def asked_ranks(config: Config) -> dict[str, list[int]]:
     return {name: entry["ranks"] for name, entry in config["adapters"].items()}
 
 
+def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
+    """What can be told of a model's weights before any job runs.
+
+    Args:
+        entry: the model's entry in the config.
+        made: where the manifest of its download is, once it is made.
+
+    Returns:
+        That manifest, or the headers of a local folder's safetensors; None where neither is there
+        (the download checks the ranks itself).
+    """
+    if made.is_file():
+        return manifest.load(made)
+    folder = Path(entry.get("path", "")).expanduser()
+    if "path" not in entry or not folder.is_dir():
+        return None
+    files = sorted(folder.glob("*.safetensors"))
+    return {"tensors": {file.name: manifest.safetensors_header(file) for file in files}}
+
+
 def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]) -> None:
     """Refuse ranks above the width of one of the model's decoder layers.
 

@@ -142,6 +142,11 @@ def block_file(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
 
+def block_files(folder: Path) -> list[Path]:
+    """All block files of a folder, in the blocks' order."""
+    return sorted(folder.glob("block-*.safetensors"))
+
+
 def save_moments(path: Path, block: BlockMoments) -> None:
     """Write one block's second moments: one (in, in) float32 tensor for each distinct input.
 

@@ -105,7 +105,7 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
     original = streaming.BlockStream(pipeline.results / "models/tiny/model", "cpu")
     rounded = streaming.BlockStream(pipeline.results / "compressed/tiny/w2/model", "cpu")
     pairs = adapters.load_peft(adapter(pipeline, 16) / "adapter")
-    files = sorted(pipeline.results.glob("covariance/tiny/moments/*/moments/*"))
+    files = sorted(pipeline.results.glob("covariance/tiny/moments/*/moments/block-*"))
     curves = json.loads((adapter(pipeline, 16) / "residuals.json").read_text())
     assert len(files) == len(original) == 3
     for index, file in enumerate(files):
@@ -133,7 +133,7 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
 
 
 def test_a_rank_that_was_not_decomposed_is_refused(pipeline):
-    files = sorted(pipeline.results.glob("decompositions/tiny/w2/eora/*/factors/*"))
+    files = sorted(pipeline.results.glob("decompositions/tiny/w2/eora/*/factors/block-*"))
     assert len(decomposition.slice_rank(files, 16)[0]) == 21
     with pytest.raises(ValueError, match="max_rank"):
         decomposition.slice_rank(files, 17)
@@ -166,3 +166,14 @@ def test_manifests_hold_no_path_of_the_machine(pipeline):
 
 def test_hidden_states_are_not_kept(pipeline):
     assert not list(pipeline.results.rglob("hidden.safetensors"))
+
+
+def test_a_rank_wider_than_a_layer_is_refused_before_any_job(pipeline, tmp_path):
+    config = pipeline.config | {
+        "adapters": {"eora": pipeline.config["adapters"]["eora"] | {"ranks": [33], "max_rank": 64}}
+    }
+    for folder in (tmp_path, pipeline.folder):  # before and after the model was fetched
+        done = type(pipeline)(folder, config).snakemake("--dry-run")
+        assert done.returncode != 0
+        assert "k_proj" in done.stdout and "lower the rank to at most 32" in done.stdout
+        assert "Job" not in done.stdout

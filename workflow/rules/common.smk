@@ -33,10 +33,10 @@ try:
         config,
         cfg.load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml")),
     )
-    for _model in config["models"]:
-        _made = Path(config["results"], "models", _model, mf.NAME)
-        if _made.is_file():
-            cfg.check_ranks(mf.load(_made), _model, cfg.asked_ranks(config))
+    for _model, _entry in config["models"].items():
+        _known = cfg.known_weights(_entry, Path(config["results"], "models", _model, mf.NAME))
+        if _known is not None:
+            cfg.check_ranks(_known, _model, cfg.asked_ranks(config))
 except cfg.ConfigError as error:
     # The message is for the person who edits the file: no traceback, no line of this one.
     _files = ", ".join(map(str, workflow.configfiles)) or "The config"
