@@ -18,6 +18,7 @@ if not workflow.overwrite_configfiles:
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/download.smk"
+include: "workflow/rules/tokenize.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/covariance.smk"
 include: "workflow/rules/adapter.smk"

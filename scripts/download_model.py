@@ -1,13 +1,12 @@
 """Fetch one model and lay it out as a plain safetensors folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eora import cli, config, manifest
+from eora import cli, manifest
 
 
 @dataclass
@@ -27,9 +26,6 @@ def main(
     path: Annotated[
         Path | None, typer.Option(help="Where a local source lies; changes no result.")
     ] = None,
-    ranks: Annotated[
-        str, typer.Option(help="JSON: adapter -> ranks; refused if wider than a layer.")
-    ] = "{}",
 ) -> None:
     cli.setup(network=True)
     spec = cli.parse(params, Params)
@@ -41,8 +37,6 @@ def main(
         model = folder / "model"
         model.mkdir()
         sources.fetch_model(spec.source, path, model, spec.dtype, spec.trust_remote_code)
-    # The model is whole and stays; but ranks that do not fit are said before work is spent on it.
-    config.check_ranks(manifest.load(out), out.name, json.loads(ranks))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ from eora import cli, manifest
 
 @dataclass
 class Params:
-    """Keys: kind (lm_eval or perplexity); metric to show (null: the usual one); version.
+    """Keys: kind (lm_eval or perplexity); version.
     For lm_eval: name, num_fewshot (null: the task's own), limit (null: all), chat_template.
     For perplexity: column that holds the text, window (tokens), windows (how many)."""
 
     kind: str
     version: int
-    metric: str | None = None
     name: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None
@@ -93,7 +92,7 @@ def main(
             )
         notes |= {
             "metrics": metrics,
-            "primary": evaluation.primary(metrics, spec.metric),
+            "primary": evaluation.primary(metrics),
             "samples": samples,
         }
         result = notes | {

@@ -28,11 +28,11 @@ def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> N
         out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets")
     ) as folder:
         where = evaluation.locate_task(spec.lm_eval)  # imports its code, which may fetch things
-        task = {"lm_eval": spec.lm_eval, "folder": where, "rows": {}}
+        task = {"lm_eval": spec.lm_eval, "folder": where, "data": {}}
         if spec.download:
             loaded = evaluation.load_task(spec.lm_eval, where)
-            task["rows"] = {
-                name: {split: len(rows) for split, rows in leaf.dataset.items()}
+            task["data"] = {
+                name: {split: evaluation.content(rows) for split, rows in leaf.dataset.items()}
                 for name, leaf in loaded["tasks"].items()
             }
         (folder / "task.json").write_text(json.dumps(task, indent=1, sort_keys=True) + "\n")

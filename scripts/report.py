@@ -12,10 +12,12 @@ from eora import cli
 @dataclass
 class Params:
     """Keys: variants (what was judged: model, variant, compression, adapter, rank, adapter_bits);
-    tasks; compressions, adapters, calibrations (their settings); version."""
+    tasks; metrics (task -> the one to show, null: the usual); compressions, adapters, calibrations
+    (their settings); version."""
 
     variants: list
     tasks: list
+    metrics: dict
     compressions: dict
     adapters: dict
     calibrations: dict

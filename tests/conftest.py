@@ -45,7 +45,7 @@ def make_model(folder: Path, seed: int = 0, layers: int = 3) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=1,

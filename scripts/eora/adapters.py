@@ -52,15 +52,12 @@ def save_peft(folder: Path, pairs: dict[str, Pair], rank: int, base_model: str) 
 
     Args:
         folder: created if missing.
-        pairs: layer name in the model (``model.layers.0.mlp.up_proj``) -> (A, B). Layers narrower
-            than ``rank`` may have fewer rows; they are padded with zeros, as PEFT wants one rank.
+        pairs: layer name in the model (``model.layers.0.mlp.up_proj``) -> (A, B).
         base_model: where the base model comes from, for the adapter's card.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for layer, (a, b) in pairs.items():
-        pad = rank - len(a)
-        a, b = torch.nn.functional.pad(a, (0, 0, 0, pad)), torch.nn.functional.pad(b, (0, pad))
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = a.half().contiguous()
         tensors[f"{_PREFIX}{layer}.lora_B.weight"] = b.half().contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})

@@ -57,7 +57,12 @@ def task_cache(folder: Path) -> None:
     """
     cache = (folder / "cache").resolve()
     cache.mkdir(parents=True, exist_ok=True)
+    # A login lies in the old home; paths set for the machine would go before the new one.
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    os.environ.setdefault("HF_TOKEN_PATH", str(home / "token"))
     os.environ["HF_HOME"] = str(cache)
+    os.environ["HF_HUB_CACHE"] = str(cache / "hub")
+    os.environ["HF_DATASETS_CACHE"] = str(cache / "datasets")
     os.environ["NLTK_DATA"] = str(cache / "nltk")
     (cache / "nltk").mkdir(exist_ok=True)
 
@@ -101,8 +106,9 @@ def device(name: str) -> str:
     return name
 
 
-def run(main: Any, doc: str, spec: type) -> None:
+def run(main: Any, doc: str, spec: type | None = None) -> None:
     """Run a stage's ``main`` as a command whose ``--help`` describes it and its parameters."""
+    params = f"\n\n--params takes a JSON object. {spec.__doc__}" if spec is not None else ""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=f"{doc}\n\n--params takes a JSON object. {spec.__doc__}")(main)
+    app.command(help=f"{doc}{params}")(main)
     app()

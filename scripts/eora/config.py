@@ -196,10 +196,11 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
                 f"{where}.calibration: AutoRound wants full windows; "
                 f"set calibrations.{entry['calibration']}.layout to packed, or name another"
             )
-        if entry["format"] == "auto_gptq" and entry["bits"] == 2 and not entry["sym"]:
+        if entry["format"] == "auto_gptq" and not entry["sym"]:
             yield (
-                f"{where}.format: auto_gptq cannot hold asymmetric 2-bit weights; "
-                "set format to auto_round, or sym to true"
+                f"{where}.format: auto_gptq with asymmetric {entry['bits']}-bit weights cannot be "
+                "loaded back (at 2 bits it cannot even hold them); set format to auto_round, or "
+                "sym to true"
             )
     for name, entry in config["adapters"].items():
         where = f"adapters.{name}"

@@ -74,7 +74,7 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
                     f"rank {rank} is above what {layer} was decomposed to ({len(a)}): "
                     "raise adapters.<name>.max_rank, or lower the rank where the layer is narrower"
                 )
-            pairs[layer] = (a[:rank], b[:, :rank])
+            pairs[layer] = (a[:rank].clone(), b[:, :rank].clone())  # lets go of the rest
             curves[layer] = tensors[f"{layer}.residual"]
     return pairs, curves
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-# Looked for in this order when the config names no metric.
+# Looked for in this order where the config names no metric.
 PREFERRED = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "word_perplexity")
 
 SEED = 1234
@@ -54,25 +56,29 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> dict[str
 def locate_task(name: str) -> str:
     """The folder of lm-eval's own tasks that defines ``name``, relative to ``lm_eval/tasks``.
 
-    Indexing all of lm-eval's tasks takes seconds; this is done once, and evaluations index that
-    folder alone. The task's code is imported, as some of it fetches what it needs on import.
+    Indexing all of lm-eval's tasks takes seconds; this is done once, and evaluations of a single
+    task index that folder alone. A group may have members anywhere: its folder is the root.
+    The task's code is imported, as some of it fetches what it needs on import.
 
     Raises:
         KeyError: lm-eval knows no such task or group.
     """
     import lm_eval.tasks
+    from lm_eval.tasks._index import Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
     root = Path(lm_eval.tasks.__file__).parent
     manager = lm_eval.tasks.TaskManager()
     entry = manager.task_index.get(name)
+    if entry is not None and entry.kind is Kind.TAG:
+        raise KeyError(f"{name!r} (tasks.<name>.lm_eval) is a tag; give its tasks an entry each")
     if entry is None or entry.yaml_path is None:
         raise KeyError(
             f"lm-eval has no task {name!r} (tasks.<name>.lm_eval); "
             "`lm-eval ls tasks` lists those that it has"
         )
     load_yaml(entry.yaml_path, resolve_func=True)
-    return entry.yaml_path.relative_to(root).parts[0]
+    return "." if entry.kind is Kind.GROUP else entry.yaml_path.relative_to(root).parts[0]
 
 
 def load_task(
@@ -111,8 +117,18 @@ def load_task(
         "validation_split": None,
         "training_split": train,
         "fewshot_split": train,
+        # Else the task's own number of examples would come from the questions themselves.
+        **({} if fewshot is not None else {"num_fewshot": 0}),
     }
     return manager.load([load_yaml(entry.yaml_path, resolve_func=True) | override])
+
+
+def content(rows: Iterable[Any]) -> str:
+    """Digest of a data set's rows, so that a change upstream is seen when they are fetched anew."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def harness(
@@ -137,7 +153,8 @@ def harness(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     output = evaluator.simple_evaluate(
         wrapped,
-        tasks=list(task["tasks"].values()) if not task["groups"] else list(task["groups"].values()),
+        # A group brings its members; they must not be named again.
+        tasks=[task["groups"].get(name) or task["tasks"][name]],
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat_template,
@@ -164,16 +181,8 @@ def harness(
     return metrics, samples
 
 
-def primary(metrics: dict[str, Any], wanted: str | None) -> str:
-    """The metric that the report shows: the config's, or the best known of those measured.
-
-    Raises:
-        KeyError: the wanted metric was not measured; the message lists those that were.
-    """
-    if wanted is not None:
-        if wanted not in metrics:
-            raise KeyError(f"tasks.<name>.metric is {wanted!r}; measured: {', '.join(metrics)}")
-        return wanted
+def primary(metrics: dict[str, Any]) -> str:
+    """The metric to show where the config names none: the best known of those measured."""
     named = [m for p in PREFERRED for m in metrics if m.partition(",")[0] == p]
     return (named or list(metrics))[0]
 

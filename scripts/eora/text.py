@@ -41,7 +41,7 @@ def windows(
         documents: the texts, in order.
         samples: how many samples to cut; all are needed.
         seqlen: tokens a sample at most.
-        layout: ``packed`` concatenates documents, an end-of-text token after each, and cuts
+        layout: ``packed`` concatenates documents, the tokenizer's end token after each, and cuts
             windows of exactly seqlen; ``documents`` takes one document a sample, truncated, and
             pads shorter ones on the right.
 

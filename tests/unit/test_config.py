@@ -116,7 +116,7 @@ MISTAKES = {
     "asymmetric in auto_gptq": (
         "compressions.w2.format",
         "auto_gptq",
-        "cannot hold asymmetric 2-bit weights; set format to auto_round, or sym to true",
+        "asymmetric 2-bit weights cannot be loaded back",
     ),
     "rank above max_rank": ("adapters.e.max_rank", 6, "8 is above max_rank 6; raise max_rank"),
     "documents for AutoRound": (
@@ -513,6 +513,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 3,
         "prepare_task": 1,
+        "check_ranks": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 2,
@@ -525,6 +526,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 3,
+        "check_ranks": 1,
         "tokenize": 2,
         "compress": 3,
         "covariance": 4,
@@ -537,6 +539,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
+        "check_ranks": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 16,
@@ -549,6 +552,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
+        "check_ranks": 1,
         "tokenize": 2,
         "compress": 3,
         "covariance": 8,
@@ -561,6 +565,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
+        "check_ranks": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 8,
@@ -614,6 +619,7 @@ def test_snakemake_shows_the_mend_alone_and_starts_nothing(text, mends, tmp_path
     done = dry_run(file, tmp_path)
     assert done.returncode == 1
     shown = (done.stdout + done.stderr).strip().split("\n")
+    assert shown.pop(0).startswith("Using workflow specific profile")
     assert shown[0] == f"{file} does not fit. Please mend:"
     assert len(shown) == 1 + len(mends)
     for mend in mends:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from eora import evaluation
+from eora import evaluation, loading
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -28,13 +29,56 @@ def test_one_window_has_no_standard_error(tiny_model):
     assert found["stderr"] is None
 
 
-def test_the_usual_metric_is_shown_unless_the_config_names_one():
-    metrics = {"acc": {}, "acc_norm": {}}
-    assert evaluation.primary(metrics, None) == "acc_norm"
-    assert evaluation.primary(metrics, "acc") == "acc"
-    assert evaluation.primary({"exact_match,strict-match": {}}, None) == "exact_match,strict-match"
-    with pytest.raises(KeyError, match="measured: acc, acc_norm"):
-        evaluation.primary(metrics, "f1")
+def test_the_usual_metric_is_the_primary_one():
+    assert evaluation.primary({"acc": {}, "acc_norm": {}}) == "acc_norm"
+    assert evaluation.primary({"f1": {}, "acc": {}}) == "acc"
+    assert evaluation.primary({"f1": {}}) == "f1"
+    assert evaluation.primary({"exact_match,strict-match": {}}) == "exact_match,strict-match"
+
+
+def test_content_tells_data_apart():
+    rows = [{"a": 1, "b": ["x"]}, {"a": 2, "b": []}]
+    assert evaluation.content(rows) == evaluation.content([dict(r) for r in rows])
+    assert evaluation.content(rows) != evaluation.content(rows[:1])
+
+
+def test_a_tag_is_refused():
+    with pytest.raises(KeyError, match="tag"):
+        evaluation.locate_task("ai2_arc")
+
+
+def test_a_group_is_looked_for_everywhere():
+    assert evaluation.locate_task("mmlu") == "."
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path, shots):
+    """Runs lm-eval itself on our own questions; gsm8k would draw five examples by itself."""
+    data = {}
+    for name, rows in (("test", 4), ("train", 3)):
+        questions = [
+            {"question": f"{name} {i}?", "answer": f"It is {i}. #### {i}"} for i in range(rows)
+        ]
+        Dataset.from_list(questions).save_to_disk(tmp_path / name)
+        data[name] = tmp_path / name
+    fewshot = data["train"] if shots else None
+    task = evaluation.load_task("gsm8k", "gsm8k", data["test"], fewshot)["tasks"]["gsm8k"]
+    assert task.config.num_fewshot == (5 if shots else 0)  # the task's own number, or none
+    model, tokenizer = loading.load(tiny_model)
+    metrics, samples = evaluation.harness(
+        model,
+        tokenizer,
+        {"tasks": {"gsm8k": task}, "groups": {}},
+        "gsm8k",
+        num_fewshot=shots,
+        limit=2,
+        chat_template=False,
+        batch_size=2,
+    )
+    assert samples == 2
+    assert set(metrics) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    examples = task.instances[0].args[0]
+    assert examples.count("train") == shots and examples.count("test") == 1
 
 
 def test_an_unknown_task_is_refused_with_where_to_look():

@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from conftest import ROOT, SENTENCES
 from datasets import load_from_disk
+
+from conftest import ROOT, SENTENCES
 from eora import manifest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -52,6 +52,9 @@ def test_one_split_of_several(tmp_path):
     DatasetDict({"train": data, "test": data.select([3])}).save_to_disk(tmp_path / "in")
     sources.fetch_dataset({"split": "test"}, tmp_path / "in", tmp_path / "out")
     assert load_from_disk(str(tmp_path / "out"))["text"] == [ROWS[3]["text"]]
+    DatasetDict({"train": data}).save_to_disk(tmp_path / "one")
+    sources.fetch_dataset({}, tmp_path / "one", tmp_path / "only")
+    assert len(load_from_disk(str(tmp_path / "only"))) == len(ROWS)
     with pytest.raises(KeyError, match="train, test"):
         sources.fetch_dataset({}, tmp_path / "in", tmp_path / "again")
 
@@ -117,10 +120,11 @@ def test_a_local_model_is_taken_without_its_pickles(tiny_model, tmp_path):
     subprocess.run(["cp", "-r", tiny_model, source], check=True)
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     (source / "modeling.py").write_text("code")
+    (source / "consolidated.safetensors").write_bytes(b"the same weights again")
     sources.fetch_model({}, source, tmp_path / "out", "bfloat16")
     taken = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= taken
-    assert not {"pytorch_model.bin", "modeling.py"} & taken
+    assert not {"pytorch_model.bin", "modeling.py", "consolidated.safetensors"} & taken
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

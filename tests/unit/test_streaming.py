@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from auto_round_extension.torch.qlinear_torch import QuantLinear
 from transformers import AutoModelForCausalLM
 
 from eora import streaming
@@ -41,3 +42,20 @@ def test_only_the_entered_block_holds_weights(tiny_model):
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="safetensors"):
         streaming.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dense_weight_is_exact_under_a_bias_much_larger_than_it(bits):
+    layer = QuantLinear(bits, 32, 64, 32, bias=True)
+    generator = torch.Generator().manual_seed(bits)
+    for name in ("qweight", "qzeros"):
+        packed = getattr(layer, name)
+        drawn = torch.randint(-(2**31), 2**31, packed.shape, generator=generator)
+        packed.copy_(drawn.int())
+    layer.scales.copy_(torch.rand(layer.scales.shape, generator=generator) * 1e-3)
+    layer.bias.fill_(1000.0)
+    weight = streaming.dense_weight(layer)
+    assert (layer.bias == 1000).all()
+    layer.bias.zero_()
+    assert weight.any()
+    assert torch.equal(weight, layer(torch.eye(64)).T)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from conftest import ROOT
 from eora import loading, manifest, streaming
 

@@ -104,6 +104,7 @@ def test_comments_key_order_and_explicit_defaults(pipeline):
         ("runtime/device", "auto"),
         ("runtime/batch_size", 3),
         ("runtime/threads", 2),
+        ("tasks/choice/batch_size", 2),
     ],
 )
 def test_runtime_settings(pipeline, path, value):
@@ -145,6 +146,10 @@ def test_change_a_tasks_limit(pipeline):
     everything = ("original", *BOTH, *compensated(*BOTH))
     config = edited(pipeline, "tasks/choice/limit", 7)
     assert planned(pipeline, config) == judged(*everything, tasks=("choice",)) | {REPORT}
+
+
+def test_show_another_metric(pipeline):
+    assert planned(pipeline, edited(pipeline, "tasks/choice/metric", "acc")) == {REPORT}
 
 
 def test_add_adapter_bits(pipeline):
@@ -211,7 +216,7 @@ def test_add_a_model(pipeline):
     jobs = planned(pipeline, edited(pipeline, "models/other", new))
     assert REPORT in jobs and "Fetching model other" in jobs
     assert all("other" in job for job in jobs - {REPORT})
-    assert len(jobs - {REPORT}) == 1 + 2 + 2 + 2 + 4 + 2 + 2 + 7 * 2
+    assert len(jobs - {REPORT}) == 1 + 1 + 2 + 2 + 2 + 4 + 2 + 2 + 7 * 2
 
 
 @pytest.mark.parametrize("path", ["compressions/w4", "tasks/text"])

@@ -43,9 +43,9 @@ rule decompose:
         "Decomposing the error of {wildcards.model} {wildcards.compression} for"
         " {wildcards.adapter}, shard {wildcards.shard} of {wildcards.shards}"
     shell:
-        "python {params.script:q} --params {params.spec:q} --model {input.model}"
-        " --compressed {input.compressed} --moments {input.moments}"
-        " --device {resources.device} --out {output.manifest} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} --model {input.model:q}"
+        " --compressed {input.compressed:q} --moments {input.moments:q}"
+        " --device {resources.device} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule adapter:
@@ -79,8 +79,8 @@ rule adapter:
         "Adapter {wildcards.adapter} of rank {wildcards.rank} for"
         " {wildcards.model} {wildcards.compression}"
     shell:
-        "python {params.script:q} --params {params.spec:q} {input.decompositions}"
-        " --out {output.manifest} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} {input.decompositions:q}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule quantize_adapter:
@@ -118,5 +118,5 @@ rule quantize_adapter:
         "Rounding adapter {wildcards.adapter} of rank {wildcards.rank} for"
         " {wildcards.model} {wildcards.compression} to {wildcards.bits} bits"
     shell:
-        "python {params.script:q} --params {params.spec:q} --adapter {input.adapter}"
-        " --out {output.manifest} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} --adapter {input.adapter:q}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"

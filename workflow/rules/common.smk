@@ -45,7 +45,7 @@ except cfg.ConfigError as error:
 RESULTS = config["results"]
 RUNTIME = config["runtime"]
 SHARDS = config["covariance"]["shards"]
-THREADS = RUNTIME["threads"] or os.cpu_count()
+THREADS = RUNTIME["threads"] or min(8, os.cpu_count())
 VARIANTS = {(v.model, v.name): v for v in cfg.variants(config)}
 
 
@@ -158,7 +158,7 @@ def shards_of(wc):
 # --- evaluate.smk ---
 
 
-LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template", "metric")
+LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
 
 
 def evaluation_inputs(wc):
@@ -241,6 +241,7 @@ def report_spec(wc):
         "report",
         variants=[v.row() for v in VARIANTS.values()],
         tasks=list(config["tasks"]),
+        metrics={task: entry.get("metric") for task, entry in config["tasks"].items()},
         compressions=config["compressions"],
         adapters=config["adapters"],
         calibrations=config["calibrations"],

@@ -39,5 +39,5 @@ rule compress:
     message:
         "Compressing {wildcards.model} to {wildcards.compression}"
     shell:
-        "python {params.script:q} --params {params.spec:q} --model {input.model} --tokens {input.tokens}"
-        " --device {resources.device} --out {output.manifest} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} --model {input.model:q} --tokens {input.tokens:q}"
+        " --device {resources.device} --out {output.manifest:q} 2>&1 | tee {log:q}"

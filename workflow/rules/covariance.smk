@@ -43,6 +43,6 @@ rule covariance:
         "Second moments of {wildcards.model} on {wildcards.calibration},"
         " shard {wildcards.shard} of {wildcards.shards}"
     shell:
-        "python {params.script:q} --params {params.spec:q} --model {input.model} --tokens {input.tokens}"
+        "python {params.script:q} --params {params.spec:q} --model {input.model:q} --tokens {input.tokens:q}"
         " {params.hidden:q} --batch-size {resources.batch_size} --device {resources.device}"
-        " --out {output.manifest} 2>&1 | tee {log}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"

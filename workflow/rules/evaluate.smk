@@ -19,7 +19,7 @@ rule evaluate:
     resources:
         gpu=1,
         device=RUNTIME["device"],
-        batch_size=RUNTIME["batch_size"],
+        batch_size=lambda wc: config["tasks"][wc.task].get("batch_size", RUNTIME["batch_size"]),
         mem_mb=16000,
         runtime=240,
     params:
@@ -31,4 +31,4 @@ rule evaluate:
     shell:
         "python {params.script:q} --params {params.spec:q} {params.options:q}"
         " --batch-size {resources.batch_size} --device {resources.device}"
-        " --out {output.manifest} 2>&1 | tee {log}"
+        " --out {output.manifest:q} 2>&1 | tee {log:q}"

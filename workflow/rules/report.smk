@@ -30,4 +30,4 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "python {params.script:q} --params {params.spec:q} {params.results:q} 2>&1 | tee {log}"
+        "python {params.script:q} --params {params.spec:q} {params.results:q} 2>&1 | tee {log:q}"

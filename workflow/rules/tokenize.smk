@@ -1,0 +1,68 @@
+# A model's tokenizer and a data set -> calibration samples; the gate to all work on a model.
+# Out: tokens/{model}/{calibration}/tokens.safetensors
+
+
+localrules:
+    check_ranks,
+
+
+rule check_ranks:
+    """Refuse ranks that no layer is wide enough for, as soon as the model is here."""
+    input:
+        model=made("models/{model}"),
+    output:
+        touch(f"{RESULTS}/models/{{model}}/ranks.checked"),
+    log:
+        f"{RESULTS}/logs/check_ranks/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/check_ranks/{{model}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        script=script("check_ranks"),
+        ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config)),
+    message:
+        "Checking the ranks against {wildcards.model}"
+    shell:
+        "python {params.script:q} --name {wildcards.model:q} --model {input.model:q}"
+        " --ranks {params.ranks:q} 2>&1 | tee {log:q}"
+
+
+rule tokenize:
+    """Cut a data set into a model's calibration samples."""
+    input:
+        model=made("models/{model}"),
+        model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
+        dataset=lambda wc: made(f"datasets/{config['calibrations'][wc.calibration]['dataset']}"),
+        dataset_files=lambda wc: ancient(
+            f"{RESULTS}/datasets/{config['calibrations'][wc.calibration]['dataset']}/data"
+        ),
+        checked=ancient(f"{RESULTS}/models/{{model}}/ranks.checked"),
+    output:
+        manifest=made("tokens/{model}/{calibration}"),
+        tokens=f"{RESULTS}/tokens/{{model}}/{{calibration}}/tokens.safetensors",
+    log:
+        f"{RESULTS}/logs/tokenize/{{model}}/{{calibration}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tokenize/{{model}}/{{calibration}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        script=script("tokenize_text"),
+        spec=lambda wc: spec(
+            "tokenize",
+            column=config["datasets"][config["calibrations"][wc.calibration]["dataset"]]["text"],
+            **cfg.pick(config["calibrations"][wc.calibration], ("samples", "seqlen", "layout")),
+            **trust(wc.model),
+        ),
+    message:
+        "Tokenizing {wildcards.calibration} for {wildcards.model}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} --model {input.model:q}"
+        " --dataset {input.dataset:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
