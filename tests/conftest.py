@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: tiny random models and data, made in seconds, no network."""
 
 import json
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,14 @@ def tiny_config(sources: Path) -> dict[str, Any]:
             },
         },
         "compressions": {
-            name: {"bits": bits, "group_size": 32, "iters": 1, "calibration": "rounding"}
-            for name, bits in (("w2", 2), ("w4", 4))
+            name: {
+                "bits": bits,
+                "sym": sym,
+                "group_size": 32,
+                "iters": 1,
+                "calibration": "rounding",
+            }
+            for name, bits, sym in (("w2", 2, False), ("w4", 4, True))
         },
         "adapters": {
             "eora": {"calibration": "moments", "ranks": [8], "max_rank": 16, "bits": [16, 4]}
@@ -134,6 +141,13 @@ class Pipeline:
         return self.folder / "results"
 
 
+def failures(output: str, folder: Path) -> str:
+    """The ends of the logs of those jobs that failed."""
+    logs = dict.fromkeys(re.findall(r"^    log: (\S+)", output, re.MULTILINE))
+    ends = [f"{log}:\n{(folder / log).read_text()[-1500:]}" for log in logs]
+    return "\n\n".join(ends) or output[-3000:]
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Pipeline:
     """The whole workflow, run once on a tiny random model: every rule, real tools."""
@@ -145,5 +159,5 @@ def pipeline(tmp_path_factory) -> Pipeline:
     make_questions(sources / "questions.jsonl")
     made = Pipeline(folder, tiny_config(sources))
     done = made.snakemake()
-    assert done.returncode == 0, done.stdout[-5000:]
+    assert done.returncode == 0, failures(done.stdout, folder)
     return made

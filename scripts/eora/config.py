@@ -202,6 +202,11 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
                 "loaded back (at 2 bits it cannot even hold them); set format to auto_round, or "
                 "sym to true"
             )
+        if entry["format"] == "auto_round" and entry["bits"] == 4 and not entry["sym"]:
+            yield (
+                f"{where}.sym: AutoRound packs asymmetric 4-bit weights for AWQ kernels, which are "
+                "not installed here; set sym to true"
+            )
     for name, entry in config["adapters"].items():
         where = f"adapters.{name}"
         yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)

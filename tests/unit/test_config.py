@@ -118,6 +118,11 @@ MISTAKES = {
         "auto_gptq",
         "asymmetric 2-bit weights cannot be loaded back",
     ),
+    "asymmetric 4 bits": (
+        "compressions.w2.bits",
+        4,
+        "compressions.w2.sym: AutoRound packs asymmetric 4-bit weights for AWQ kernels",
+    ),
     "rank above max_rank": ("adapters.e.max_rank", 6, "8 is above max_rank 6; raise max_rank"),
     "documents for AutoRound": (
         "calibrations.c.layout",

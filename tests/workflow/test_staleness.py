@@ -240,8 +240,18 @@ def test_a_local_models_change_is_seen(pipeline, tmp_path):
         changed.write_text(before)
 
 
-def test_a_lost_output_is_remade_with_what_follows(pipeline, tmp_path):
+def test_a_lost_result_is_remade_with_what_follows(pipeline, tmp_path):
     clone = Pipeline(tmp_path / "copy", pipeline.config)
     shutil.copytree(pipeline.folder, clone.folder)
-    shutil.rmtree(clone.results / "adapters/tiny/w2/eora/r8-4bit/adapter")
-    assert planned(clone) == rounded("w2") | judged(*compensated("w2", bits=(4,))) | {REPORT}
+    (clone.results / "evaluations/tiny/w2/text/results.json").unlink()
+    assert planned(clone) == judged("w2", tasks=("text",)) | {REPORT}
+
+
+def test_a_lost_folder_that_nothing_waits_for_is_not_missed(pipeline, tmp_path):
+    """Room can be made by deleting decompositions; they come back when a rank needs them."""
+    clone = Pipeline(tmp_path / "copy", pipeline.config)
+    shutil.copytree(pipeline.folder, clone.folder)
+    shutil.rmtree(clone.results / "decompositions")
+    assert planned(clone) == set()
+    more = edited(pipeline, "adapters/eora/ranks", [8, 12])
+    assert decomposed(*BOTH) <= planned(clone, more)
