@@ -32,7 +32,15 @@ def portable_quantization(config) -> AutoRoundConfig | None:
     return AutoRoundConfig(backend="torch")
 
 
-def _densify(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def forget_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """Make transformers take a model whose weights were dequantized for the plain one it now is."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.quantization_method, model.config.quantization_config
+    return model
+
+
+def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
     for name, layer in list(model.named_modules()):
         if not hasattr(layer, "qweight"):
@@ -45,7 +53,7 @@ def _densify(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             dense.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
-    return model
+    return forget_quantization(model).to(dtype)
 
 
 def load(
@@ -78,7 +86,7 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     if dense:
-        model = _densify(model, config.dtype).to(config.dtype)
+        model = _densify(model, config.dtype)
     if adapter is not None:
         attach(model, Path(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

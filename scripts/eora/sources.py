@@ -142,14 +142,12 @@ def convert_gguf(path: Path, out: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from eora.loading import forget_quantization
+
     log.info("converting %s to safetensors (%s)", path.name, dtype)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
-    # The weights are plain now; transformers still takes the model for a quantized one.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.quantization_method, model.config.quantization_config
-    model.save_pretrained(out)
+    forget_quantization(model).save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 
 

@@ -90,11 +90,13 @@ def test_dense_weights_give_the_packed_layers_outputs(pipeline):
 
 
 @torch.inference_mode()
-def test_peft_on_the_dense_model_gives_our_logits(pipeline):
+def test_peft_on_the_dense_model_gives_our_logits(pipeline, tmp_path):
     base = pipeline.results / "compressed/tiny/w2/model"
     ours, _ = loading.load(base, adapter(pipeline, 16) / "adapter")
     dense, _ = loading.load(base)
     before = dense(IDS).logits
+    dense.save_pretrained(tmp_path)  # a plain model like any other, and saved as one
+    assert not json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
     theirs = PeftModel.from_pretrained(dense, adapter(pipeline, 16) / "adapter")(IDS).logits
     torch.testing.assert_close(ours(IDS).logits, theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).abs().max() > 1e-2
