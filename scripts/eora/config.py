@@ -204,8 +204,8 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
             )
         if entry["format"] == "auto_round" and entry["bits"] == 4 and not entry["sym"]:
             yield (
-                f"{where}.bits: AutoRound packs asymmetric 4-bit weights for AWQ kernels, which are "
-                "not installed here; set sym to true"
+                f"{where}.bits: AutoRound packs asymmetric 4-bit weights for AWQ kernels, "
+                "which are not installed here; set sym to true"
             )
     for name, entry in config["adapters"].items():
         where = f"adapters.{name}"
