@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 def quantize(

@@ -312,6 +312,21 @@ class Variant:
             return self.compression
         return f"{self.compression}+{self.adapter}-r{self.rank}-{self.adapter_bits}bit"
 
+    @property
+    def model_folder(self) -> str:
+        """Where its model lies in the results: the original's, or the compressed one's."""
+        if self.compression is None:
+            return f"models/{self.model}"
+        return f"compressed/{self.model}/{self.compression}"
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """Where its adapter lies in the results, if it has one."""
+        if self.adapter is None:
+            return None
+        form = f"r{self.rank}-{self.adapter_bits}bit"
+        return f"adapters/{self.model}/{self.compression}/{self.adapter}/{form}"
+
     def row(self) -> Config:
         """The variant as plain data, for the report."""
         return {"variant": self.name, **asdict(self)}

@@ -164,14 +164,9 @@ LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
 def evaluation_inputs(wc):
     """Manifests (tracked) and big files (ancient) of what is judged and what it is judged by."""
     variant, task = VARIANTS[wc.model, wc.variant], config["tasks"][wc.task]
-    if variant.compression is None:
-        folders = {"model": (f"models/{variant.model}", "model")}
-    else:
-        folders = {"model": (f"compressed/{variant.model}/{variant.compression}", "model")}
-    if variant.adapter is not None:
-        base = f"adapters/{variant.model}/{variant.compression}/{variant.adapter}"
-        rank = f"r{variant.rank}-{variant.adapter_bits}bit"
-        folders["adapter"] = (f"{base}/{rank}", "adapter")
+    folders = {"model": (variant.model_folder, "model")}
+    if variant.adapter_folder is not None:
+        folders["adapter"] = (variant.adapter_folder, "adapter")
     if "lm_eval" in task:
         folders["task"] = (f"tasks/{wc.task}", "task.json")
     for key, name in (
@@ -223,16 +218,7 @@ def judged():
 
 def weighed():
     """Folders of the models and adapters whose bytes the report counts."""
-    folders = {}  # ordered, each once
-    for v in VARIANTS.values():
-        if v.compression is None:
-            folders[f"models/{v.model}"] = None
-        elif v.adapter is None:
-            folders[f"compressed/{v.model}/{v.compression}"] = None
-        else:
-            base = f"adapters/{v.model}/{v.compression}/{v.adapter}"
-            folders[f"{base}/r{v.rank}-{v.adapter_bits}bit"] = None
-    return list(folders)
+    return [v.adapter_folder or v.model_folder for v in VARIANTS.values()]
 
 
 def report_spec(wc):
