@@ -30,8 +30,11 @@ rule all:
     default_target: True
     input:
         rules.report.output,
-        [f"{RESULTS}/{folder}/results.json" for folder in judged()],
+        [made(place.folder) for place in ASKED],
+        [f"{RESULTS}/{place.folder}/{place.product}" for place in ASKED if place.product],
     localrule: True
+    message:
+        "All that the config asks for"
 
 
 onsuccess:

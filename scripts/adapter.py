@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -27,18 +28,23 @@ def main(
         ),
     ],
     out: Annotated[Path, cli.Out],
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from eora import adapters, covariance, decomposition
-
-    with manifest.publish(
+    result = Result(
         out,
         stage="adapter",
         params=vars(spec),
         inputs={f"shard {i}": path for i, path in enumerate(decompositions)},
         tools=("peft", "torch"),
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from eora import adapters, covariance, decomposition
+
+    with result.publish() as folder:
         files = [
             file for path in decompositions for file in covariance.block_files(path / "factors")
         ]

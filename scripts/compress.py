@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -32,20 +33,25 @@ def main(
     tokens: Annotated[Path, cli.Stage("the tokenize stage (packed)")],
     out: Annotated[Path, cli.Out],
     device: Annotated[str, cli.Device] = "auto",
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from safetensors.torch import load_file
-
-    from eora import autoround
-
-    with manifest.publish(
+    result = Result(
         out,
         stage="compress",
         params=vars(spec),
         inputs={"model": model, "tokens": tokens},
         tools=("auto-round", "torch", "transformers"),
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from safetensors.torch import load_file
+
+    from eora import autoround
+
+    with result.publish() as folder:
         data = load_file(tokens / "tokens.safetensors")
         settings = {key: value for key, value in vars(spec).items() if key != "version"}
         autoround.quantize(

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import serialize_file
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -29,9 +31,26 @@ def main(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a batch; changes no result.")] = 8,
     device: Annotated[str, cli.Device] = "auto",
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
+    # The hidden states are handed to the next shard and then deleted.
+    handed_on = "hidden.safetensors"
+    result = Result(
+        out,
+        stage="covariance",
+        params=vars(spec),
+        inputs={"model": model, "tokens": tokens},
+        tools=("torch", "transformers"),
+        passing=(handed_on,),
+        kept=store,
+    )
+    if result.restored():
+        # They are not kept. Should the next shard be computed all the same, it starts from the
+        # samples: an empty file says so.
+        serialize_file({}, out / handed_on)
+        return
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
@@ -39,15 +58,7 @@ def main(
     from eora import covariance, streaming
 
     where = cli.device(device)
-    # hidden.safetensors is handed to the next shard and then deleted.
-    with manifest.publish(
-        out,
-        stage="covariance",
-        params=vars(spec),
-        inputs={"model": model, "tokens": tokens},
-        tools=("torch", "transformers"),
-        volatile=("hidden.safetensors",),
-    ) as folder:
+    with result.publish() as folder:
         stream = streaming.BlockStream(
             model / "model",
             where,
@@ -58,10 +69,8 @@ def main(
         blocks = streaming.shard_range(spec.shard, spec.shards, len(stream))
         data = load_file(tokens / "tokens.safetensors")
         batches = covariance.batches(data["input_ids"], data["lengths"], batch_size)
-        before = None
-        if hidden is not None:
-            stored = load_file(hidden)
-            before = covariance.rebatch(stored["hidden"], batches)
+        given = {} if hidden is None else load_file(hidden)
+        before = covariance.rebatch(given["hidden"], batches) if given else None
         moments = folder / "moments"
         moments.mkdir()
         after = covariance.run_shard(
@@ -73,8 +82,8 @@ def main(
             lambda indices: tqdm(indices, desc="blocks", unit="block"),
         )
         last = blocks.stop == len(stream)
-        handed_on = covariance.flatten([] if last else after, data["input_ids"].shape[1])
-        save_file({"hidden": handed_on}, folder / "hidden.safetensors")
+        states = covariance.flatten([] if last else after, data["input_ids"].shape[1])
+        save_file({"hidden": states}, folder / handed_on)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -27,21 +28,26 @@ def main(
     moments: Annotated[Path, cli.Stage("the covariance stage's shard")],
     out: Annotated[Path, cli.Out],
     device: Annotated[str, cli.Device] = "auto",
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from tqdm import tqdm
-
-    from eora import decomposition, streaming
-
-    where = cli.device(device)
-    with manifest.publish(
+    result = Result(
         out,
         stage="decompose",
         params=vars(spec),
         inputs={"model": model, "compressed": compressed, "moments": moments},
         tools=("torch", "transformers", "auto-round"),
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from tqdm import tqdm
+
+    from eora import decomposition, streaming
+
+    where = cli.device(device)
+    with result.publish() as folder:
         original = streaming.BlockStream(
             model / "model", where, trust_remote_code=spec.trust_remote_code
         )

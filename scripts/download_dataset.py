@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
 class Params:
-    """Keys: source {hub, revision, name, split, data_files} | {wheel, sha256, member} | {path},
-    with split, distinct (a column) and rows [first, end); version of this stage."""
+    """Keys: source {hub, revision, name, split, data_files} | {wheel, sha256, member} |
+    {path, files}, with split, distinct (a column) and rows [first, end); version of this stage."""
 
     source: dict
     version: int
@@ -24,14 +25,22 @@ def main(
     path: Annotated[
         Path | None, typer.Option(help="Where a local source lies; changes no result.")
     ] = None,
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup(network=True)
     spec = cli.parse(params, Params)
     from eora import sources
 
-    with manifest.publish(
-        out, stage="download_dataset", params=vars(spec), tools=("datasets",)
-    ) as folder:
+    result = Result(
+        out,
+        stage="download_dataset",
+        params=vars(spec),
+        tools=("datasets",),
+        kept=store if sources.pinned(spec.source) else None,
+    )
+    if result.restored():
+        return
+    with result.publish() as folder:
         sources.fetch_dataset(spec.source, path, folder / "data")
 
 

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
 class Params:
-    """Keys: source {hub, revision} | {wheel, sha256, member} | {path}; dtype that GGUF weights are
-    converted to; trust_remote_code (false); version of this stage."""
+    """Keys: source {hub, revision} | {wheel, sha256, member} | {path, files}; dtype that GGUF
+    weights are converted to; trust_remote_code (false); version of this stage."""
 
     source: dict
     version: int
@@ -26,14 +27,22 @@ def main(
     path: Annotated[
         Path | None, typer.Option(help="Where a local source lies; changes no result.")
     ] = None,
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup(network=True)
     spec = cli.parse(params, Params)
     from eora import sources
 
-    with manifest.publish(
-        out, stage="download_model", params=vars(spec), tools=("transformers", "gguf")
-    ) as folder:
+    result = Result(
+        out,
+        stage="download_model",
+        params=vars(spec),
+        tools=("transformers", "gguf"),
+        kept=store if sources.pinned(spec.source) else None,
+    )
+    if result.restored():
+        return
+    with result.publish() as folder:
         model = folder / "model"
         model.mkdir()
         sources.fetch_model(spec.source, path, model, spec.dtype, spec.trust_remote_code)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from eora import cli, manifest
+from eora.result import Result
 
 
 @dataclass
@@ -39,32 +40,35 @@ def main(
     fewshot: Annotated[Path | None, cli.Stage("a data set for few-shot examples")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 8,
     device: Annotated[str, cli.Device] = "auto",
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     if task is not None:
         cli.task_cache(task)
     cli.setup()
     spec = cli.parse(params, Params)
-    from eora import evaluation, loading, text
-
-    where = cli.device(device)
-    given = {
-        "model": model,
-        "adapter": adapter,
-        "task": task,
-        "dataset": dataset,
-        "fewshot": fewshot,
-    }
     # Seconds and memory differ from run to run: results.json holds them, the manifest does not.
-    notes: dict = {}
-    with manifest.publish(
+    result = Result(
         out,
         stage="evaluate",
         params=vars(spec),
-        inputs={name: path for name, path in given.items() if path is not None},
+        inputs={
+            "model": model,
+            "adapter": adapter,
+            "task": task,
+            "dataset": dataset,
+            "fewshot": fewshot,
+        },
         tools=("lm_eval", "torch", "transformers"),
         volatile=("results.json",),
-        notes=notes,
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from eora import evaluation, loading, text
+
+    where = cli.device(device)
+    notes: dict = {}
+    with result.publish(notes) as folder:
         started = time.monotonic()
         network, tokenizer = loading.load(
             model / "model",
@@ -95,14 +99,14 @@ def main(
             "primary": evaluation.primary(metrics),
             "samples": samples,
         }
-        result = notes | {
+        measured = notes | {
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": evaluation.peak_memory(where),
             "device": where,
             "dtype": str(network.dtype).removeprefix("torch."),
             "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),
         }
-        (folder / "results.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        (folder / "results.json").write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

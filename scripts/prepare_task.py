@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -24,9 +25,8 @@ def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> N
     cli.setup(network=True)
     from eora import evaluation
 
-    with manifest.publish(
-        out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets")
-    ) as folder:
+    result = Result(out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets"))
+    with result.publish() as folder:
         where = evaluation.locate_task(spec.lm_eval)  # imports its code, which may fetch things
         task = {"lm_eval": spec.lm_eval, "folder": where, "data": {}}
         if spec.download:

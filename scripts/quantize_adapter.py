@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -21,18 +22,23 @@ def main(
     params: Annotated[str, cli.Params],
     adapter: Annotated[Path, cli.Stage("the adapter stage (16-bit)")],
     out: Annotated[Path, cli.Out],
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from eora import adapters
-
-    with manifest.publish(
+    result = Result(
         out,
         stage="quantize_adapter",
         params=vars(spec),
         inputs={"adapter": adapter},
         tools=("compressed-tensors", "torch"),
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from eora import adapters
+
+    with result.publish() as folder:
         pairs = adapters.load_peft(adapter / "adapter")
         adapters.save_packed(folder / "adapter", pairs, spec.bits, spec.group_size, spec.base_model)
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from eora import cli, manifest
+from eora import cli
+from eora.result import Result
 
 
 @dataclass
@@ -25,21 +26,26 @@ def main(
     model: Annotated[Path, cli.Stage("the model's download stage")],
     dataset: Annotated[Path, cli.Stage("the data set's download stage")],
     out: Annotated[Path, cli.Out],
+    store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer
-
-    from eora import text
-
-    with manifest.publish(
+    result = Result(
         out,
         stage="tokenize",
         params=vars(spec),
         inputs={"model": model, "dataset": dataset},
         tools=("transformers", "tokenizers"),
-    ) as folder:
+        kept=store,
+    )
+    if result.restored():
+        return
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from eora import text
+
+    with result.publish() as folder:
         tokenizer = AutoTokenizer.from_pretrained(
             model / "model", trust_remote_code=spec.trust_remote_code
         )

@@ -9,7 +9,12 @@ The library under eoraflow's stages. It knows nothing of Snakemake and can be us
     lowrank       the module that puts an adapter beside any (quantized) linear layer
     loading       original, compressed and compensated models, ready to run
     evaluation    lm-eval and perplexity on any of them
-    manifest      what a stage made, and publishing it without half-written results
+    config        what config.yaml means: checked, and turned into the variants to judge
+    stages        each stage's folder and parameters, and which results a config asks for
+    manifest      what a stage made, from what, and with what
+    result        a stage's result: restored or filled, sealed, and published whole
+    store         finished results, kept so that an equal one is restored
 
-Importing this package imports none of them; ``eora.config`` and ``eora.manifest`` need no torch.
+Importing this package imports none of them; config, stages, manifest,
+result and store need no torch.
 """

@@ -32,6 +32,10 @@ Params = typer.Option("--params", help="Parameters as JSON, or @FILE holding it;
 Out = typer.Option(
     "--out", parser=stage_folder, help="Output folder; its manifest.json is written last."
 )
+Store = typer.Option(
+    "--store",
+    help="Folder of kept results: an equal one is restored instead of computed; a new one is kept.",
+)
 Device = typer.Option("--device", help="auto (CUDA when present), cpu, cuda or cuda:N.")
 
 

@@ -348,10 +348,6 @@ def variants(config: Config) -> list[Variant]:
     return found
 
 
-SOURCE_KEYS = ("hub", "revision", "wheel", "sha256", "member", "path")
-DATASET_KEYS = (*SOURCE_KEYS, "name", "data_files", "split", "distinct", "rows")
-
-
 def pick(entry: Config, keys: tuple[str, ...]) -> Config:
     """The entry's items under ``keys``, those that it has."""
     return {key: entry[key] for key in keys if key in entry}

@@ -110,30 +110,33 @@ def run_shard(
         blocks: indices of the shard's decoder blocks.
         data: calibration batches.
         hidden: input of the first of ``blocks`` for each batch (batch, seq, hidden), in host
-            memory; None at the start of the model.
+            memory; where it is None, the blocks before are run through first.
         save_block: called with (block index, its moments) as each block ends.
         progress: wraps the block indices, for a progress bar.
 
     Returns:
         The input of the block after the last one, for each batch, in host memory.
     """
+    first = blocks.start
     if hidden is None:
+        first = 0
         hidden = [stream.calls(ids, mask)[0].cpu() for ids, mask in data]
-    for index in progress(blocks):
+    for index in progress(range(first, blocks.stop)):
         moments = BlockMoments()
         with stream.block(index) as block:
             layers = linear_layers(block)
             for i, (ids, mask) in enumerate(data):
                 _, calls = stream.calls(ids, mask)
                 real = None if mask is None else mask.to(stream.device)
-                hooks = moments.hooks(layers, real)
+                hooks = moments.hooks(layers, real) if index in blocks else []
                 try:
                     output = block(hidden[i].to(stream.device), **calls[index])
                 finally:
                     for hook in hooks:
                         hook.remove()
                 hidden[i] = (output[0] if isinstance(output, tuple) else output).cpu()
-        save_block(index, moments)
+        if index in blocks:
+            save_block(index, moments)
     return hidden
 
 

@@ -1,9 +1,8 @@
-"""Manifests: what a stage made, from what, with what; and publishing results atomically.
+"""Manifests: what a stage made, from what, and with what.
 
-A stage writes its big files into a folder beside a small ``manifest.json``. The manifest is
-written last and by rename, so that its presence means that everything it names is whole. It holds
-no time and no path outside its own folder: the same inputs and parameters give the same manifest,
-and downstream rules, which track the manifest and not the big files, rerun only for a real change.
+A stage writes its big files into a folder beside a small ``manifest.json``. The manifest holds no
+time and no path outside its own folder: the same inputs and parameters give the same manifest, and
+downstream rules, which track the manifest and not the big files, rerun only for a real change.
 """
 
 from __future__ import annotations
@@ -11,10 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +47,14 @@ def load(path: Path) -> Manifest:
     return json.loads((path / NAME if path.is_dir() else path).read_text())
 
 
+def digest_of(value: Any) -> str:
+    """Hex digest of a value that JSON can hold."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """One digest of everything that the manifest's stage made (its outputs' names and contents)."""
-    outputs = load(path)["outputs"]
-    return hashlib.sha256(canonical(outputs).encode()).hexdigest()
+    return digest_of(load(path)["outputs"])
 
 
 def tensors(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -82,59 +81,22 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-@contextmanager
-def publish(
-    out: Path,
-    *,
-    stage: str,
-    params: dict[str, Any],
-    inputs: dict[str, Path] | None = None,
-    tools: tuple[str, ...] = (),
-    volatile: tuple[str, ...] = (),
-    notes: dict[str, Any] | None = None,
-) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success move its content into ``out`` and seal it.
+def seal(
+    folder: Path, recipe: Manifest, skip: tuple[str, ...] = (), notes: dict[str, Any] | None = None
+) -> None:
+    """Write the manifest of what is in ``folder``, as its last file.
 
     Args:
-        out: the stage's output folder; what an earlier run left in it under the same names goes.
-        stage: the stage's name.
-        params: everything of the config that changes the result, with the stage's ``version``.
-        inputs: name -> manifest (file or folder) of what the result was made from.
-        tools: installed packages whose versions are recorded.
-        volatile: top-level names left out of the manifest: measurements that differ from run to
-            run, or files that a later stage deletes.
-        notes: further facts for the manifest; may be filled while the context is open.
-
-    A job that dies inside the context leaves ``out`` without a manifest, never with a half one.
+        folder: the stage's files.
+        recipe: what they were made from and with.
+        skip: top-level names that the manifest leaves out.
+        notes: further facts for the manifest.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / NAME).unlink(missing_ok=True)
-    for stray in out.glob(".partial-*"):  # left by a job that was killed
-        shutil.rmtree(stray)
-    partial = out / f".partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        outputs, shapes = _describe(partial, volatile)
-        content = {
-            "stage": stage,
-            "version": params.get("version"),
-            "params": params,
-            "inputs": {name: digest(path) for name, path in (inputs or {}).items()},
-            "outputs": outputs,
-            "tensors": shapes,
-            "tools": versions(tools),
-            **({"notes": notes} if notes else {}),
-        }
-        sealed = partial / NAME
-        sealed.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        for path in sorted(partial.iterdir()):
-            if path == sealed:
-                continue
-            target = out / path.name
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
-            path.replace(target)
-        sealed.replace(out / NAME)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    outputs, shapes = _describe(folder, skip)
+    content = {
+        **recipe,
+        "outputs": outputs,
+        "tensors": shapes,
+        **({"notes": notes} if notes else {}),
+    }
+    (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

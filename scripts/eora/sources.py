@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,12 @@ MODEL_FILES = [
 CODE_FILES = ["*.py"]
 # The same weights once more, in subfolders or in the layout of their makers' own tools.
 OTHER_LAYOUTS = ["*/*", "consolidated*"]
+
+
+def pinned(source: dict[str, Any]) -> bool:
+    """Whether a source can only ever give the same content: a wheel by its hash, a hub's commit."""
+    commit = re.fullmatch(r"[0-9a-f]{40}", source.get("revision", ""))
+    return "sha256" in source or commit is not None
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:

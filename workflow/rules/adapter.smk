@@ -32,20 +32,15 @@ rule decompose:
         runtime=240,
     params:
         script=script("decompose"),
-        spec=lambda wc: spec(
-            "decompose",
-            **cfg.pick(config["adapters"][wc.adapter], ("method", "max_rank")),
-            shard=int(wc.shard),
-            shards=int(wc.shards),
-            **trust(wc.model),
-        ),
+        spec=spec("decompose"),
+        store=kept(),
     message:
         "Decomposing the error of {wildcards.model} {wildcards.compression} for"
         " {wildcards.adapter}, shard {wildcards.shard} of {wildcards.shards}"
     shell:
         "python {params.script:q} --params {params.spec:q} --model {input.model:q}"
         " --compressed {input.compressed:q} --moments {input.moments:q}"
-        " --device {resources.device} --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " --device {resources.device} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule adapter:
@@ -70,17 +65,14 @@ rule adapter:
         runtime=60,
     params:
         script=script("adapter"),
-        spec=lambda wc: spec(
-            "adapter",
-            rank=int(wc.rank),
-            base_model=cfg.origin(config["models"][wc.model]),
-        ),
+        spec=spec("adapter"),
+        store=kept(),
     message:
         "Adapter {wildcards.adapter} of rank {wildcards.rank} for"
         " {wildcards.model} {wildcards.compression}"
     shell:
         "python {params.script:q} --params {params.spec:q} {input.decompositions:q}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule quantize_adapter:
@@ -108,15 +100,11 @@ rule quantize_adapter:
         runtime=60,
     params:
         script=script("quantize_adapter"),
-        spec=lambda wc: spec(
-            "quantize_adapter",
-            bits=int(wc.bits),
-            group_size=config["adapters"][wc.adapter]["group_size"],
-            base_model=cfg.origin(config["models"][wc.model]),
-        ),
+        spec=spec("quantize_adapter"),
+        store=kept(),
     message:
         "Rounding adapter {wildcards.adapter} of rank {wildcards.rank} for"
         " {wildcards.model} {wildcards.compression} to {wildcards.bits} bits"
     shell:
         "python {params.script:q} --params {params.spec:q} --adapter {input.adapter:q}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -1,8 +1,9 @@
 # Config validation, and the names, parameters and targets that all stages share.
 #
 # Staleness: a stage gets its configuration as ONE tracked param, canonical JSON with exactly the
-# keys that change its result and the stage's version. Runtime settings (device, batch size,
-# threads) are not tracked. Manifests are tracked inputs; the big files beside them are ancient().
+# keys that change its result and the stage's version (eora.stages says which). Runtime settings
+# (device, batch size, threads) are not tracked. Manifests are tracked inputs; the big files beside
+# them are ancient().
 
 import os
 import sys
@@ -12,21 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from eora import config as cfg
 from eora import manifest as mf
-
-# Raise a stage's version when its algorithm changes: its results and what follows are remade.
-VERSIONS = {
-    "download_model": 1,
-    "download_dataset": 1,
-    "tokenize": 1,
-    "compress": 1,
-    "covariance": 1,
-    "decompose": 1,
-    "adapter": 1,
-    "quantize_adapter": 1,
-    "prepare_task": 1,
-    "evaluate": 1,
-    "report": 1,
-}
+from eora import stages, store
 
 try:
     config = cfg.validate(
@@ -47,6 +34,7 @@ RUNTIME = config["runtime"]
 SHARDS = config["covariance"]["shards"]
 THREADS = RUNTIME["threads"] or min(8, os.cpu_count())
 VARIANTS = {(v.model, v.name): v for v in cfg.variants(config)}
+ASKED = stages.asked(config)
 
 
 wildcard_constraints:
@@ -68,32 +56,20 @@ def made(folder):
     return f"{RESULTS}/{folder}/{mf.NAME}"
 
 
-def spec(stage, **keys):
+def spec(stage):
     """A stage's tracked param: what of the config changes its result, and its version."""
-    return mf.canonical({**keys, "version": VERSIONS[stage]})
+    return lambda wc: mf.canonical(stages.params(config, stage, dict(wc.items())))
 
 
-def trust(model):
-    """The model's own permission to run its code; a key only where it is given."""
-    return {"trust_remote_code": True} if config["models"][model]["trust_remote_code"] else {}
-
-
-def source(entry, keys):
-    """Tracked part of a source. A local path is tracked by its files, not by where it lies."""
-    picked = cfg.pick(entry, keys)
-    if "path" in picked:
-        picked["path"] = Path(picked["path"]).name
-    return picked
+def kept():
+    """The script's argument for the store of results. Untracked, and none where it is off."""
+    options = ["--store", f"{RESULTS}/{store.NAME}"] if RUNTIME["store"] else []
+    return lambda wc, input: options
 
 
 def local_files(entry):
     """The files of a local source, so that a change in one is seen; none for other sources."""
-    if "path" not in entry:
-        return []
-    path = Path(entry["path"]).expanduser()
-    if path.is_dir():
-        return sorted(str(p) for p in path.iterdir() if p.is_file())
-    return [str(path)]
+    return [str(path) for path in stages.local_files(entry)]
 
 
 def path_option(entry):
@@ -105,21 +81,6 @@ def script(name):
     """A stage's command. Untracked, as params that depend on input are: the checkout may move."""
     path = Path(workflow.basedir, "scripts", f"{name}.py")
     return lambda wc, input: path
-
-
-# --- compress.smk ---
-
-COMPRESS_KEYS = (
-    "bits",
-    "group_size",
-    "sym",
-    "iters",
-    "batch_size",
-    "format",
-    "alg_ext",
-    "keep",
-    "seed",
-)
 
 
 # --- covariance.smk ---
@@ -158,9 +119,6 @@ def shards_of(wc):
 # --- evaluate.smk ---
 
 
-LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
-
-
 def evaluation_inputs(wc):
     """Manifests (tracked) and big files (ancient) of what is judged and what it is judged by."""
     variant, task = VARIANTS[wc.model, wc.variant], config["tasks"][wc.task]
@@ -183,21 +141,6 @@ def evaluation_inputs(wc):
     return tracked | files
 
 
-def evaluation_spec(wc):
-    """What of a task changes its result."""
-    task = config["tasks"][wc.task]
-    if "lm_eval" in task:
-        keys = {"kind": "lm_eval", "name": task["lm_eval"], **cfg.pick(task, LM_EVAL_KEYS)}
-    else:
-        column = config["datasets"][task["perplexity"]]["text"]
-        keys = {
-            "kind": "perplexity",
-            "column": column,
-            **cfg.pick(task, ("window", "windows")),
-        }
-    return spec("evaluate", **keys, **trust(wc.model))
-
-
 def evaluation_options(wc, input):
     """The script's arguments for those inputs that this evaluation has."""
     keys = ("model", "adapter", "task", "dataset", "fewshot")
@@ -209,26 +152,9 @@ def evaluation_options(wc, input):
 
 def judged():
     """Folders of all evaluations that the config asks for."""
-    return [
-        f"evaluations/{model}/{variant}/{task}"
-        for model, variant in VARIANTS
-        for task in config["tasks"]
-    ]
+    return [place.folder for place in ASKED if place.stage == "evaluate"]
 
 
 def weighed():
     """Folders of the models and adapters whose bytes the report counts."""
     return [v.adapter_folder or v.model_folder for v in VARIANTS.values()]
-
-
-def report_spec(wc):
-    """Everything that the report says of the config."""
-    return spec(
-        "report",
-        variants=[v.row() for v in VARIANTS.values()],
-        tasks=list(config["tasks"]),
-        metrics={task: entry.get("metric") for task, entry in config["tasks"].items()},
-        compressions=config["compressions"],
-        adapters=config["adapters"],
-        calibrations=config["calibrations"],
-    )

@@ -31,13 +31,10 @@ rule compress:
         runtime=720,
     params:
         script=script("compress"),
-        spec=lambda wc: spec(
-            "compress",
-            **cfg.pick(config["compressions"][wc.compression], COMPRESS_KEYS),
-            **trust(wc.model),
-        ),
+        spec=spec("compress"),
+        store=kept(),
     message:
         "Compressing {wildcards.model} to {wildcards.compression}"
     shell:
         "python {params.script:q} --params {params.spec:q} --model {input.model:q} --tokens {input.tokens:q}"
-        " --device {resources.device} --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " --device {resources.device} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

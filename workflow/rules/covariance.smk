@@ -35,9 +35,8 @@ rule covariance:
         runtime=240,
     params:
         script=script("covariance"),
-        spec=lambda wc: spec(
-            "covariance", shard=int(wc.shard), shards=int(wc.shards), **trust(wc.model)
-        ),
+        spec=spec("covariance"),
+        store=kept(),
         hidden=lambda wc, input: ["--hidden", input.hidden] if input.hidden else [],
     message:
         "Second moments of {wildcards.model} on {wildcards.calibration},"
@@ -45,4 +44,4 @@ rule covariance:
     shell:
         "python {params.script:q} --params {params.spec:q} --model {input.model:q} --tokens {input.tokens:q}"
         " {params.hidden:q} --batch-size {resources.batch_size} --device {resources.device}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

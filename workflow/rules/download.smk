@@ -27,18 +27,14 @@ rule download_model:
         runtime=240,
     params:
         script=script("download_model"),
-        spec=lambda wc: spec(
-            "download_model",
-            source=source(config["models"][wc.model], cfg.SOURCE_KEYS),
-            dtype=config["models"][wc.model]["dtype"],
-            **trust(wc.model),
-        ),
+        spec=spec("download_model"),
+        store=kept(),
         path=lambda wc, input: path_option(config["models"][wc.model]),
     message:
         "Fetching model {wildcards.model}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.path:q}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule download_dataset:
@@ -59,16 +55,14 @@ rule download_dataset:
         runtime=240,
     params:
         script=script("download_dataset"),
-        spec=lambda wc: spec(
-            "download_dataset",
-            source=source(config["datasets"][wc.dataset], cfg.DATASET_KEYS),
-        ),
+        spec=spec("download_dataset"),
+        store=kept(),
         path=lambda wc, input: path_option(config["datasets"][wc.dataset]),
     message:
         "Fetching data set {wildcards.dataset}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.path:q}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
 rule prepare_task:
@@ -87,11 +81,7 @@ rule prepare_task:
         runtime=240,
     params:
         script=script("prepare_task"),
-        spec=lambda wc: spec(
-            "prepare_task",
-            lm_eval=config["tasks"][wc.task]["lm_eval"],
-            download="dataset" not in config["tasks"][wc.task],
-        ),
+        spec=spec("prepare_task"),
     message:
         "Preparing task {wildcards.task}"
     shell:

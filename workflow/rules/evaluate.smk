@@ -24,11 +24,12 @@ rule evaluate:
         runtime=240,
     params:
         script=script("evaluate"),
-        spec=evaluation_spec,
+        spec=spec("evaluate"),
+        store=kept(),
         options=evaluation_options,
     message:
         "Judging {wildcards.model} {wildcards.variant} by {wildcards.task}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.options:q}"
         " --batch-size {resources.batch_size} --device {resources.device}"
-        " --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

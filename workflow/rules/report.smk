@@ -25,7 +25,7 @@ rule report:
         runtime=15,
     params:
         script=script("report"),
-        spec=report_spec,
+        spec=lambda wc: mf.canonical(stages.report_params(config)),
         results=lambda wc, input: RESULTS,
     message:
         "Writing the report"

@@ -55,14 +55,10 @@ rule tokenize:
         runtime=60,
     params:
         script=script("tokenize_text"),
-        spec=lambda wc: spec(
-            "tokenize",
-            column=config["datasets"][config["calibrations"][wc.calibration]["dataset"]]["text"],
-            **cfg.pick(config["calibrations"][wc.calibration], ("samples", "seqlen", "layout")),
-            **trust(wc.model),
-        ),
+        spec=spec("tokenize"),
+        store=kept(),
     message:
         "Tokenizing {wildcards.calibration} for {wildcards.model}"
     shell:
         "python {params.script:q} --params {params.spec:q} --model {input.model:q}"
-        " --dataset {input.dataset:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " --dataset {input.dataset:q} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -1,0 +1,300 @@
+"""The stages: where each puts its result, what of the config changes it, and which are asked for.
+
+One place for what the rules, ``status`` and ``clean_orphans`` must agree on. A stage's parameters
+are one dict with exactly the keys that change its result, defaults filled in, and the stage's
+version. What only changes how a job runs (device, batch size, threads) is not among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from eora.config import Config, Variant, origin, pick, variants
+
+Params = dict[str, Any]
+
+SOURCE_KEYS = ("hub", "revision", "wheel", "sha256", "member", "path")
+DATASET_KEYS = (*SOURCE_KEYS, "name", "data_files", "split", "distinct", "rows")
+CALIBRATION_KEYS = ("samples", "seqlen", "layout")
+COMPRESS_KEYS = (
+    "bits",
+    "group_size",
+    "sym",
+    "iters",
+    "batch_size",
+    "format",
+    "alg_ext",
+    "keep",
+    "seed",
+)
+LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
+
+
+def local_files(entry: Config) -> list[Path]:
+    """The files of a local source; none for the others."""
+    if "path" not in entry:
+        return []
+    path = Path(entry["path"]).expanduser()
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
+@cache
+def fingerprint(path: Path, samples: int = 64, block: int = 1 << 16) -> str:
+    """Digest of a file's size and content; of large files, of blocks spread evenly over it.
+
+    So a changed file is seen whatever its time stamp says, before any job runs and without reading
+    a model's gigabytes.
+    """
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= samples * block:
+            found.update(file.read())
+        else:
+            for i in range(samples):
+                file.seek(i * (size - block) // (samples - 1))
+                found.update(file.read(block))
+    return found.hexdigest()
+
+
+def _source(entry: Config, keys: tuple[str, ...]) -> Params:
+    """Tracked part of a source. A local path is tracked by its files, not by where it lies."""
+    picked = pick(entry, keys)
+    if "path" in picked:
+        picked["path"] = Path(picked["path"]).name
+        picked["files"] = {path.name: fingerprint(path) for path in local_files(entry)}
+    return picked
+
+
+def _trust(config: Config, model: str) -> Params:
+    """The model's own permission to run its code; a key only where it is given."""
+    return {"trust_remote_code": True} if config["models"][model]["trust_remote_code"] else {}
+
+
+def _download_model(config: Config, model: str) -> Params:
+    entry = config["models"][model]
+    source = _source(entry, SOURCE_KEYS)
+    is_gguf = source.get("path", source.get("member", "")).endswith(".gguf")
+    dtype = pick(entry, ("dtype",)) if is_gguf else {}  # other weights stay as they are
+    return {"source": source, **dtype, **_trust(config, model)}
+
+
+def _download_dataset(config: Config, dataset: str) -> Params:
+    return {"source": _source(config["datasets"][dataset], DATASET_KEYS)}
+
+
+def _prepare_task(config: Config, task: str) -> Params:
+    entry = config["tasks"][task]
+    return {"lm_eval": entry["lm_eval"], "download": "dataset" not in entry}
+
+
+def _tokenize(config: Config, model: str, calibration: str) -> Params:
+    entry = config["calibrations"][calibration]
+    column = config["datasets"][entry["dataset"]]["text"]
+    return {"column": column, **pick(entry, CALIBRATION_KEYS), **_trust(config, model)}
+
+
+def _compress(config: Config, model: str, compression: str) -> Params:
+    return {**pick(config["compressions"][compression], COMPRESS_KEYS), **_trust(config, model)}
+
+
+def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
+    return {"shard": int(shard), "shards": int(shards), **_trust(config, model)}
+
+
+def _decompose(
+    config: Config, model: str, compression: str, adapter: str, shard: str, shards: str
+) -> Params:
+    return {
+        **pick(config["adapters"][adapter], ("method", "max_rank")),
+        "shard": int(shard),
+        "shards": int(shards),
+        **_trust(config, model),
+    }
+
+
+def _adapter(config: Config, model: str, compression: str, adapter: str, rank: str) -> Params:
+    return {"rank": int(rank), "base_model": origin(config["models"][model])}
+
+
+def _quantize_adapter(
+    config: Config, model: str, compression: str, adapter: str, rank: str, bits: str
+) -> Params:
+    return {
+        "bits": int(bits),
+        "group_size": config["adapters"][adapter]["group_size"],
+        "base_model": origin(config["models"][model]),
+    }
+
+
+def _evaluate(config: Config, model: str, variant: str, task: str) -> Params:
+    entry = config["tasks"][task]
+    if "lm_eval" in entry:
+        keys = {"kind": "lm_eval", "name": entry["lm_eval"], **pick(entry, LM_EVAL_KEYS)}
+    else:
+        column = config["datasets"][entry["perplexity"]]["text"]
+        keys = {"kind": "perplexity", "column": column, **pick(entry, ("window", "windows"))}
+    return {**keys, **_trust(config, model)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's place and parameters.
+
+    Attributes:
+        folder: its results' folder below the results folder, with its wildcards.
+        version: raised when the stage's algorithm changes: its results and what follows are remade.
+        keys: (config, wildcards by name) -> what of the config changes its result.
+        product: the big file or folder beside its manifest that the user is after, if it is one
+            and not only a step to another.
+    """
+
+    folder: str
+    version: int
+    keys: Callable[..., Params]
+    product: str | None = None
+
+
+STAGES = {
+    "download_model": Stage("models/{model}", 1, _download_model),
+    "download_dataset": Stage("datasets/{dataset}", 1, _download_dataset),
+    "prepare_task": Stage("tasks/{task}", 1, _prepare_task),
+    "tokenize": Stage("tokens/{model}/{calibration}", 1, _tokenize),
+    "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
+    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 1, _covariance),
+    "decompose": Stage(
+        "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 1, _decompose
+    ),
+    "adapter": Stage(
+        "adapters/{model}/{compression}/{adapter}/r{rank}-16bit", 1, _adapter, "adapter"
+    ),
+    "quantize_adapter": Stage(
+        "adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit",
+        1,
+        _quantize_adapter,
+        "adapter",
+    ),
+    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate, "results.json"),
+}
+REPORT_VERSION = 1
+
+
+def params(config: Config, stage: str, wildcards: Mapping[str, str]) -> Params:
+    """What a stage's result depends on, beside its inputs: the ``--params`` of its script."""
+    entry = STAGES[stage]
+    return {**entry.keys(config, **wildcards), "version": entry.version}
+
+
+def report_params(config: Config) -> Params:
+    """Everything that the report says of the config."""
+    return {
+        "variants": [variant.row() for variant in variants(config)],
+        "tasks": list(config["tasks"]),
+        "metrics": {task: entry.get("metric") for task, entry in config["tasks"].items()},
+        **{key: config[key] for key in ("compressions", "adapters", "calibrations")},
+        "version": REPORT_VERSION,
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """One result: its stage and the wildcards of the stage's folder, by name."""
+
+    stage: str
+    wildcards: tuple[tuple[str, str], ...]
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, below the results folder."""
+        return STAGES[self.stage].folder.format(**dict(self.wildcards))
+
+    @property
+    def product(self) -> str | None:
+        """Name of what the user is after in it, if anything."""
+        return STAGES[self.stage].product
+
+
+def place(stage: str, **wildcards: Any) -> Place:
+    """The result of a stage for these wildcards."""
+    return Place(stage, tuple(sorted((key, str(value)) for key, value in wildcards.items())))
+
+
+def _data_of(config: Config, task: Config) -> Iterator[Place]:
+    for key in ("dataset", "fewshot_dataset", "perplexity"):
+        if key in task:
+            yield place("download_dataset", dataset=task[key])
+
+
+def _calibrated(config: Config, model: str, calibration: str) -> Iterator[Place]:
+    yield place("download_dataset", dataset=config["calibrations"][calibration]["dataset"])
+    yield place("tokenize", model=model, calibration=calibration)
+
+
+def _behind(config: Config, variant: Variant) -> Iterator[Place]:
+    """All results that a variant is made of."""
+    model, compression, adapter = variant.model, variant.compression, variant.adapter
+    yield place("download_model", model=model)
+    if compression is None:
+        return
+    yield from _calibrated(config, model, config["compressions"][compression]["calibration"])
+    yield place("compress", model=model, compression=compression)
+    if adapter is None:
+        return
+    calibration = config["adapters"][adapter]["calibration"]
+    yield from _calibrated(config, model, calibration)
+    shards = config["covariance"]["shards"]
+    for shard in range(shards):
+        part = {"shard": shard, "shards": shards}
+        yield place("covariance", model=model, calibration=calibration, **part)
+        yield place("decompose", model=model, compression=compression, adapter=adapter, **part)
+    made = {"model": model, "compression": compression, "adapter": adapter, "rank": variant.rank}
+    yield place("adapter", **made)
+    if variant.adapter_bits != 16:
+        yield place("quantize_adapter", **made, bits=variant.adapter_bits)
+
+
+def asked(config: Config) -> list[Place]:
+    """Every result that the config asks for, each before what is made from it."""
+    found: dict[Place, None] = {}
+    for task, entry in config["tasks"].items():
+        found.update(dict.fromkeys(_data_of(config, entry)))
+        if "lm_eval" in entry:
+            found[place("prepare_task", task=task)] = None
+    judged = []
+    for variant in variants(config):
+        found.update(dict.fromkeys(_behind(config, variant)))
+        judged += [
+            place("evaluate", model=variant.model, variant=variant.name, task=task)
+            for task in config["tasks"]
+        ]
+    return [*found, *judged]
+
+
+def _pattern(stage: Stage) -> re.Pattern[str]:
+    numbers = ("rank", "bits", "shard", "shards")
+    parts = re.split(r"\{(\w+)\}", stage.folder)  # text, wildcard, text, wildcard, ...
+    return re.compile(
+        "".join(
+            rf"(?P<{part}>{r'[0-9]+' if part in numbers else '[^/]+'})"
+            if i % 2
+            else re.escape(part)
+            for i, part in enumerate(parts)
+        )
+    )
+
+
+_PATTERNS = {name: _pattern(stage) for name, stage in STAGES.items()}
+
+
+def place_of(folder: str) -> Place | None:
+    """The result that lies in this folder below the results folder; None where none does."""
+    for name, pattern in _PATTERNS.items():
+        if match := pattern.fullmatch(folder):
+            return place(name, **match.groupdict())
+    return None
