@@ -1,13 +1,13 @@
 # `make help` lists the targets. Variables, on the command line or in the environment:
 #   PYTHON  interpreter that .venv is made with (3.11 to 3.13)
 #   LOCK    lock file that .venv is filled from: envs/cpu.txt or envs/cuda.txt
-#   ARGS    more arguments for snakemake (`make run`) or pytest (`make test`)
+#   ARGS    more arguments for snakemake (`make run`), pytest (`make test`) or the target's script
 #   CORES   cores that `make run` may use
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run test lint lock clean
+.PHONY: help env .venv run status clean-orphans prune test lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -31,7 +31,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 \
 	--custom-compile-command "make lock" envs/requirements.in
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## make .venv from the lock if it is missing or the lock changed
 	@lock="$(LOCK)"; cmp -s "$$lock" .venv/installed.txt || \
@@ -47,6 +47,15 @@ env: ## make .venv from the lock if it is missing or the lock changed
 
 run: env ## run the workflow (ARGS="--configfile my.yaml", CORES=8)
 	$(IN_ENV) snakemake --cores $(CORES) --resources gpu=1 $(ARGS)
+
+status: env ## what is done, missing or stale, and why (ARGS="--config my.yaml")
+	$(IN_ENV) python scripts/status.py $(ARGS)
+
+clean-orphans: env ## list results that the config no longer names (ARGS=--yes deletes them)
+	$(IN_ENV) python scripts/clean_orphans.py $(ARGS)
+
+prune: env ## list kept results that no present result uses (ARGS=--yes deletes them)
+	$(IN_ENV) python scripts/prune.py $(ARGS)
 
 test: env lint ## lint, then run the tests (ARGS="-k name")
 	$(IN_ENV) pytest $(ARGS)

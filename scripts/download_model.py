@@ -17,7 +17,7 @@ class Params:
 
     source: dict
     version: int
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     trust_remote_code: bool = False
 
 

@@ -1,9 +1,12 @@
 """Fixtures shared by all tests: tiny random models and data, made in seconds, no network."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from local_sources import COMMIT, data_wheel, hub, index
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,22 +83,21 @@ def make_questions(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def tiny_config(sources: Path) -> dict[str, Any]:
-    """A config that takes a tiny model through every rule, from local files."""
+def tiny_config(sources: Path, wheel: dict[str, str]) -> dict[str, Any]:
+    """A config that takes two tiny models through every rule, from sources of every kind."""
     return {
-        "models": {"tiny": {"path": str(sources / "tiny")}},
+        "models": {
+            "tiny": {"path": str(sources / "tiny")},
+            "twin": {"hub": "tiny/twin", "revision": COMMIT},
+        },
         "datasets": {
-            "sentences": {"path": str(sources / "sentences.jsonl"), "text": "sentence"},
+            "sentences": {**wheel, "text": "sentence"},
+            "more": {"hub": "tiny/data", "revision": COMMIT, "data_files": "en/part-0.jsonl"},
             "questions": {"path": str(sources / "questions.jsonl")},
         },
         "calibrations": {
             "rounding": {"dataset": "sentences", "samples": 4, "seqlen": 32},
-            "moments": {
-                "dataset": "sentences",
-                "samples": 12,
-                "seqlen": 24,
-                "layout": "documents",
-            },
+            "moments": {"dataset": "more", "samples": 12, "seqlen": 24, "layout": "documents"},
         },
         "compressions": {
             name: {
@@ -106,10 +110,16 @@ def tiny_config(sources: Path) -> dict[str, Any]:
             for name, bits, sym in (("w2", 2, False), ("w4", 4, True))
         },
         "adapters": {
-            "eora": {"calibration": "moments", "ranks": [8], "max_rank": 16, "bits": [16, 4]}
+            "eora": {"calibration": "moments", "ranks": [4, 8], "max_rank": 16, "bits": [16, 4]}
         },
         "tasks": {
-            "choice": {"lm_eval": "arc_easy", "dataset": "questions", "limit": 6},
+            "choice": {
+                "lm_eval": "arc_easy",
+                "dataset": "questions",
+                "fewshot_dataset": "questions",
+                "num_fewshot": 1,
+                "limit": 6,
+            },
             "text": {"perplexity": "sentences", "window": 32, "windows": 4},
         },
         "covariance": {"shards": 2},
@@ -123,18 +133,43 @@ class Pipeline:
 
     folder: Path
     config: dict[str, Any]
+    env: dict[str, str] = field(default_factory=dict)
+    root: Path = ROOT  # the checkout that it runs from
+
+    def write(self, config: dict[str, Any] | None = None) -> Path:
+        """A file with the config (this one's by default)."""
+        file = self.folder / "edited.yaml"
+        file.write_text(yaml.safe_dump(self.config if config is None else config))
+        return file
+
+    def start(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Start a command here; stdout and stderr together."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, **self.env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def command(self, file: Path, *args: str) -> list[str | Path]:
+        """The snakemake command for a config file."""
+        command = ["snakemake", "--snakefile", self.root / "Snakefile", "--configfile", file]
+        return [*command, "--cores", "2", "--resources", "gpu=2", *args]
 
     def snakemake(
         self, *args: str, config: dict[str, Any] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run snakemake on a config (this one's by default); stdout and stderr together."""
-        file = self.folder / "edited.yaml"
-        file.write_text(yaml.safe_dump(self.config if config is None else config))
-        command = ["snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(file)]
-        command += ["--cores", "2", "--resources", "gpu=2", *args]
-        return subprocess.run(
-            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        """Run snakemake on a config (this one's by default)."""
+        process = self.start(*self.command(self.write(config), *args))
+        output, _ = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def copy(self, folder: Path) -> "Pipeline":
+        """The same in another folder, with results, Snakemake's notes and sources."""
+        shutil.copytree(self.folder, folder)  # copies mtimes of files, not of folders
+        return replace(self, folder=folder)
 
     @property
     def results(self) -> Path:
@@ -149,15 +184,23 @@ def failures(output: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory) -> Pipeline:
-    """The whole workflow, run once on a tiny random model: every rule, real tools."""
+def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
+    """The whole workflow, run once on two tiny random models: every rule, real tools."""
     folder = tmp_path_factory.mktemp("pipeline")
     sources = folder / "sources"
     make_model(sources / "tiny")
-    rows = (json.dumps({"sentence": s}) + "\n" for s in SENTENCES)
-    (sources / "sentences.jsonl").write_text("".join(rows))
+    twin = make_model(tmp_path_factory.mktemp("twin"), seed=1, layers=2)
     make_questions(sources / "questions.jsonl")
-    made = Pipeline(folder, tiny_config(sources))
-    done = made.snakemake()
-    assert done.returncode == 0, failures(done.stdout, folder)
-    return made
+    wheel = data_wheel(folder / "index", [{"sentence": s} for s in SENTENCES])
+    texts = "".join(json.dumps({"text": s}) + "\n" for s in SENTENCES).encode()
+    repos = {
+        "tiny/twin": {p.name: p.read_bytes() for p in twin.iterdir()},
+        "datasets/tiny/data": {"en/part-0.jsonl": texts},
+    }
+    with hub(repos) as address:
+        home = str(tmp_path_factory.mktemp("hf"))
+        env = {"HF_ENDPOINT": address, "HF_HOME": home, **index(folder / "index")}
+        made = Pipeline(folder, tiny_config(sources, wheel), env)
+        done = made.snakemake()
+        assert done.returncode == 0, failures(done.stdout, folder)
+        yield made

@@ -96,7 +96,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def fetch_model(
-    source: dict[str, Any], path: Path | None, out: Path, dtype: str, code: bool = False
+    source: dict[str, Any], path: Path | None, out: Path, dtype: str | None, code: bool = False
 ) -> None:
     """Put a model into ``out`` as a plain safetensors folder that transformers loads.
 
@@ -144,8 +144,9 @@ def fetch_model(
             _link(file, out / file.name)
 
 
-def convert_gguf(path: Path, out: Path, dtype: str) -> None:
-    """Dequantize a GGUF model into a plain safetensors folder with its tokenizer."""
+def convert_gguf(path: Path, out: Path, dtype: str | None = None) -> None:
+    """Dequantize a GGUF model into a plain safetensors folder (bfloat16 where no dtype is named)
+    with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -153,7 +154,7 @@ def convert_gguf(path: Path, out: Path, dtype: str) -> None:
 
     log.info("converting %s to safetensors (%s)", path.name, dtype)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype or "bfloat16"))
     forget_quantization(model).save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 

@@ -1,9 +1,7 @@
 """Models and data sets from wheels, GGUF files and local paths; nothing from the network."""
 
-import hashlib
 import json
 import subprocess
-import zipfile
 
 import gguf
 import numpy as np
@@ -14,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import SENTENCES, make_tokenizer
 from eora import sources
+from local_sources import data_wheel
+from local_sources import index as index_of
 
 ROWS = [{"text": s, "group": i // 2} for i, s in enumerate(SENTENCES[:10])]
 
@@ -76,23 +76,9 @@ def test_remade_data_are_byte_identical(tmp_path):
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """A local index of one wheel with one file; pip looks nowhere else."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    wheel = folder / "data_pack-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("data_pack/rows.jsonl", "".join(json.dumps(r) + "\n" for r in ROWS))
-        archive.writestr("data_pack/__init__.py", "raise SystemExit('never imported')")
-        info = "data_pack-1.0.dist-info/"
-        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: data-pack\nVersion: 1.0")
-        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
-        archive.writestr(info + "RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return {
-        "wheel": "data-pack==1.0",
-        "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        "member": "data_pack/rows.jsonl",
-    }
+    for key, value in index_of(tmp_path / "index").items():
+        monkeypatch.setenv(key, value)
+    return data_wheel(tmp_path / "index", ROWS)
 
 
 def test_a_wheels_member(index, tmp_path):

@@ -1,257 +1,555 @@
-"""Edit one thing after a full run, dry-run, and compare the exact set of jobs."""
+"""Edit one key after a full run and compare the exact set of jobs: each of the schema's keys."""
 
 import copy
+import json
 import os
 import re
 import shutil
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import yaml
 
-from conftest import Pipeline, make_model
+from conftest import ROOT, make_model, make_questions
+from eora import config as cfg
+from eora import stages
 
-JOB = re.compile(r"^Job \d+: (.*)$", re.MULTILINE)
+Job = tuple[str, frozenset[tuple[str, str]]]  # rule, and its wildcards by name
+REPORT: Job = ("report", frozenset())
 
-EVALUATE = "Judging {} {} by {}"
-REPORT = "Writing the report"
-TASKS = ("choice", "text")
-
-
-def planned(pipeline, config=None):
-    """Messages of the jobs that a run would start; they name rule and wildcards."""
-    done = pipeline.snakemake("--dry-run", config=config)
-    assert done.returncode == 0, done.stdout[-3000:]
-    jobs = JOB.findall(done.stdout)
-    assert bool(jobs) != ("Nothing to be done" in done.stdout)
-    return set(jobs)
+# --- What a config consists of, told once more, so that the workflow is compared with this. ---
 
 
-def edited(pipeline, path, value):
-    """A copy of the config with one key (dotted path) set; None removes it."""
-    config = copy.deepcopy(pipeline.config)
-    *above, last = path.split("/")
-    place = config
-    for key in above:
-        place = place[key]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return config
+def job(rule: str, **wildcards: Any) -> Job:
+    return rule, frozenset((key, str(value)) for key, value in wildcards.items())
 
 
-def judged(*variants, model="tiny", tasks=TASKS):
-    return {EVALUATE.format(model, v, t) for v in variants for t in tasks}
+def every_job(config: dict[str, Any]) -> set[Job]:
+    """All jobs of a config in which every entry is used; evaluations with what they judge."""
+    found = {job("report")} | {job("download_dataset", dataset=d) for d in config["datasets"]}
+    found |= {job("prepare_task", task=t) for t, e in config["tasks"].items() if "lm_eval" in e}
+    for model in config["models"]:
+        found |= {job("download_model", model=model), job("check_ranks", model=model)}
+        found |= {job("tokenize", model=model, calibration=c) for c in config["calibrations"]}
+        found |= {job("evaluate", model=model, task=task) for task in config["tasks"]}
+        for compression in config["compressions"]:
+            found |= set(jobs_of_compression(config, model=model, compression=compression))
+    return found
 
 
-def decomposed(*compressions, model="tiny"):
-    return {
-        f"Decomposing the error of {model} {c} for eora, shard {s} of 2"
-        for c in compressions
-        for s in range(2)
-    }
+def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
+    yield job("compress", **names)
+    yield from (job("evaluate", **names, task=task) for task in config["tasks"])
+    shards = config.get("covariance", {}).get("shards", 1)
+    for adapter, entry in config["adapters"].items():
+        for shard in range(shards):
+            part = {"shard": shard, "shards": shards}
+            yield job("covariance", model=names["model"], calibration=entry["calibration"], **part)
+            yield job("decompose", **names, adapter=adapter, **part)
+        for rank in entry["ranks"]:
+            made = {**names, "adapter": adapter, "rank": rank}
+            yield job("adapter", **made)
+            for bits in entry["bits"]:
+                if bits != 16:
+                    yield job("quantize_adapter", **made, bits=bits)
+                for task in config["tasks"]:
+                    yield job("evaluate", **made, bits=bits, task=task)
 
 
-def adapted(*compressions, rank=8, model="tiny"):
-    return {f"Adapter eora of rank {rank} for {model} {c}" for c in compressions}
+AFTER_DECOMPOSE = ("decompose", "adapter", "quantize_adapter", "evaluate")
+AFTER_COMPRESS = ("compress", *AFTER_DECOMPOSE)
 
 
-def rounded(*compressions, rank=8, bits=4, model="tiny"):
-    return {
-        f"Rounding adapter eora of rank {rank} for {model} {c} to {bits} bits" for c in compressions
-    }
+def some(*rules: str, **wildcards: str) -> Callable[[Job], bool]:
+    """Whether a job is one of these rules (any, if none is named) and has these wildcards.
+
+    A wildcard's value is a regular expression.
+    """
+
+    def is_one(found: Job) -> bool:
+        rule, names = found[0], dict(found[1])
+        return (not rules or rule in rules) and all(
+            re.fullmatch(value, names.get(key, "")) for key, value in wildcards.items()
+        )
+
+    return is_one
 
 
-def compensated(*compressions, ranks=(8,), bits=(16, 4)):
-    return [f"{c}+eora-r{r}-{b}bit" for c in compressions for r in ranks for b in bits]
+# --- What the workflow plans. ---
 
-
-def covariances(model="tiny"):
-    return {f"Second moments of {model} on moments, shard {s} of 2" for s in range(2)}
-
-
-def after_decomposition(*compressions):
-    """A compression's decomposition and all that follows from it."""
-    return (
-        decomposed(*compressions)
-        | adapted(*compressions)
-        | rounded(*compressions)
-        | judged(*compensated(*compressions))
-        | {REPORT}
-    )
-
-
-BOTH = ("w2", "w4")
-
-
-def test_nothing(pipeline):
-    assert planned(pipeline) == set()
-
-
-def test_comments_key_order_and_explicit_defaults(pipeline):
-    file = pipeline.folder / "reordered.yaml"
-    config = copy.deepcopy(pipeline.config)
-    config["compressions"]["w2"] |= {"sym": False, "seed": 42, "alg_ext": False, "keep": []}
-    reordered = {k: config[k] for k in reversed(config)}
-    file.write_text("# a comment\n" + yaml.safe_dump(reordered, sort_keys=False))
-    assert planned(pipeline, yaml.safe_load(file.read_text())) == set()
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("runtime/device", "auto"),
-        ("runtime/batch_size", 3),
-        ("runtime/threads", 2),
-        ("tasks/choice/batch_size", 2),
-    ],
+VARIANT = re.compile(
+    r"original|(?P<compression>[^+]+)(\+(?P<adapter>.+)-r(?P<rank>\d+)-(?P<bits>\d+)bit)?"
 )
-def test_runtime_settings(pipeline, path, value):
-    assert planned(pipeline, edited(pipeline, path, value)) == set()
+MESSAGES = {
+    "download_model": r"Fetching model (?P<model>\S+)",
+    "download_dataset": r"Fetching data set (?P<dataset>\S+)",
+    "prepare_task": r"Preparing task (?P<task>\S+)",
+    "check_ranks": r"Checking the ranks against (?P<model>\S+)",
+    "tokenize": r"Tokenizing (?P<calibration>\S+) for (?P<model>\S+)",
+    "compress": r"Compressing (?P<model>\S+) to (?P<compression>\S+)",
+    "covariance": r"Second moments of (?P<model>\S+) on (?P<calibration>\S+),"
+    r" shard (?P<shard>\d+) of (?P<shards>\d+)",
+    "decompose": r"Decomposing the error of (?P<model>\S+) (?P<compression>\S+)"
+    r" for (?P<adapter>\S+), shard (?P<shard>\d+) of (?P<shards>\d+)",
+    "adapter": r"Adapter (?P<adapter>\S+) of rank (?P<rank>\d+)"
+    r" for (?P<model>\S+) (?P<compression>\S+)",
+    "quantize_adapter": r"Rounding adapter (?P<adapter>\S+) of rank (?P<rank>\d+)"
+    r" for (?P<model>\S+) (?P<compression>\S+) to (?P<bits>\d+) bits",
+    "evaluate": r"Judging (?P<model>\S+) (?P<variant>\S+) by (?P<task>\S+)",
+    "report": r"Writing the report",
+}
+
+
+def told_job(rule: str, **names: str) -> Job:
+    """A job with its variant taken apart."""
+    if "variant" in names:
+        parts = VARIANT.fullmatch(names.pop("variant")).groupdict()
+        names |= {key: value for key, value in parts.items() if value is not None}
+    return job(rule, **names)
+
+
+def read_dry_run(output: str) -> set[Job]:
+    found = set()
+    for message in re.findall(r"^Job \d+: (.*)$", output, re.MULTILINE):
+        for rule, pattern in MESSAGES.items():
+            if match := re.fullmatch(pattern, message):
+                found.add(told_job(rule, **match.groupdict()))
+                break
+        else:
+            assert message == "All that the config asks for"
+    assert bool(found) != ("Nothing to be done" in output)
+    return found
+
+
+def read_status(output: str) -> tuple[set[Job], list[str]]:
+    """The jobs that `status --json` says will run, and all reasons that it gives."""
+    jobs = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    found = set()
+    for entry in (entry for entry in jobs if entry["runs"]):
+        place = stages.place_of(entry["folder"])
+        names = dict(place.wildcards) if place and entry["rule"] != "report" else {}
+        found.add(told_job(entry["rule"], **names))
+    assert all(entry["runs"] == (entry["state"] in RUNS) for entry in jobs)
+    return found, [why for entry in jobs if entry["state"] == "stale" for why in entry["why"]]
+
+
+RUNS = ("missing", "stale", "follows")
+
+
+def plan(pipeline, config=None) -> tuple[set[Job], list[str]]:
+    """The jobs that a dry run lists, which `status` must agree with, and status's reasons."""
+    file = pipeline.write(config)
+    script = pipeline.root / "scripts/status.py"
+    dry = pipeline.start(*pipeline.command(file, "--dry-run"))
+    status = pipeline.start(sys.executable, script, "--config", file, "--json")
+    output, told = dry.communicate()[0], status.communicate()[0]
+    assert dry.returncode == 0, output[-3000:]
+    assert status.returncode == 0, told[-3000:]
+    jobs = read_dry_run(output)
+    seen, reasons = read_status(told)
+    assert seen == jobs
+    return jobs, reasons
+
+
+# --- The table: one row for each key of the schema. ---
+
+
+def put(path: str, value: Any, config: dict[str, Any]) -> None:
+    """Set a key, given by its path with slashes."""
+    *above, last = path.split("/")
+    for key in above:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def edit(*changes: tuple[str, Any]) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        for path, value in changes:
+            put(path, value, config)
+
+    return change
+
+
+def rename(section: str, old: str, new: str, *references: str) -> Callable:
+    def change(config: dict[str, Any]) -> None:
+        config[section] = {new if k == old else k: v for k, v in config[section].items()}
+        for path in references:
+            put(path, new, config)
+
+    return change
+
+
+def drop(section: str, name: str) -> Callable:
+    return lambda config: config[section].pop(name)
+
+
+WHEEL = {"wheel": "other==1", "sha256": "0" * 64, "member": "m"}
+CALIBRATION = {"dataset": "sentences", "samples": 5, "seqlen": 32}
+OF_TINY = [some(model="tiny")]
+OF_TWIN = [some(model="twin")]
+JUDGED_CHOICE = [some("evaluate", task="choice")]
+JUDGED_TEXT = [some("evaluate", task="text")]
+# What follows from the data that AutoRound sees, and from those that the moments are taken on.
+ROUNDING = [some("tokenize", calibration="rounding"), some(*AFTER_COMPRESS, compression=".+")]
+MOMENTS = [some("tokenize", calibration="moments"), some("covariance")]
+MOMENTS += [some(*AFTER_DECOMPOSE, adapter=".+")]
+OF_MORE = [some("download_dataset", dataset="more"), *MOMENTS]
+OF_SENTENCES = [some("download_dataset", dataset="sentences"), *ROUNDING, *JUDGED_TEXT]
+OF_W2 = [some(*AFTER_COMPRESS, compression="w2")]
+OF_W4 = [some(*AFTER_COMPRESS, compression="w4")]
+FITTED = [some(*AFTER_DECOMPOSE, adapter="eora")]
+NOTHING: list = []
+
+
+@dataclass
+class Row:
+    """A change and the jobs that it must start: those of ``again``, and those that are new.
+
+    The report is written again with any of them, and with ``report``.
+    """
+
+    change: Callable[[dict[str, Any]], Any]
+    again: list[Callable[[Job], bool]]
+    report: bool = False
+    why: str | None = None  # what status must name; the key itself where None
+
+
+TABLE = {
+    "results": Row(edit(("results", "elsewhere")), [some()]),
+    "models.*.hub": Row(edit(("models/twin/hub", "tiny/other")), OF_TWIN),
+    "models.*.revision": Row(edit(("models/twin/revision", "f" * 40)), OF_TWIN),
+    "models.*.wheel": Row(edit(("models/tiny", WHEEL)), OF_TINY),
+    "models.*.sha256": Row(edit(("models/tiny", WHEEL | {"sha256": "1" * 64})), OF_TINY),
+    "models.*.member": Row(edit(("models/tiny", WHEEL | {"member": "n"})), OF_TINY),
+    "models.*.path": Row(edit(("models/tiny/path", "sources/other")), OF_TINY),
+    "models.*.dtype": Row(edit(("models/twin/dtype", "float16")), NOTHING),
+    "models.*.trust_remote_code": Row(edit(("models/tiny/trust_remote_code", True)), OF_TINY),
+    "datasets.*.hub": Row(edit(("datasets/more/hub", "tiny/other")), OF_MORE),
+    "datasets.*.revision": Row(edit(("datasets/more/revision", "f" * 40)), OF_MORE),
+    "datasets.*.name": Row(edit(("datasets/more/name", "en")), OF_MORE),
+    "datasets.*.data_files": Row(edit(("datasets/more/data_files", "en/*")), OF_MORE),
+    "datasets.*.split": Row(edit(("datasets/more/split", "train")), OF_MORE),
+    "datasets.*.wheel": Row(edit(("datasets/sentences/wheel", "data-pack==2.0")), OF_SENTENCES),
+    "datasets.*.sha256": Row(edit(("datasets/sentences/sha256", "0" * 64)), OF_SENTENCES),
+    "datasets.*.member": Row(edit(("datasets/sentences/member", "data_pack")), OF_SENTENCES),
+    "datasets.*.distinct": Row(edit(("datasets/sentences/distinct", "sentence")), OF_SENTENCES),
+    "datasets.*.rows": Row(edit(("datasets/sentences/rows", [0, 90])), OF_SENTENCES),
+    "datasets.*.text": Row(edit(("datasets/sentences/text", "other")), ROUNDING + JUDGED_TEXT),
+    "datasets.*.path": Row(
+        edit(("datasets/questions/path", "sources/others.jsonl")),
+        [some("download_dataset", dataset="questions"), *JUDGED_CHOICE],
+    ),
+    "calibrations.*.dataset": Row(edit(("calibrations/moments/dataset", "sentences")), MOMENTS),
+    "calibrations.*.samples": Row(edit(("calibrations/moments/samples", 10)), MOMENTS),
+    "calibrations.*.seqlen": Row(edit(("calibrations/rounding/seqlen", 24)), ROUNDING),
+    "calibrations.*.layout": Row(edit(("calibrations/moments/layout", "packed")), MOMENTS),
+    "compressions.*.bits": Row(edit(("compressions/w2/bits", 3)), OF_W2),
+    "compressions.*.calibration": Row(
+        edit(("calibrations/c", CALIBRATION), ("compressions/w2/calibration", "c")), OF_W2
+    ),
+    "compressions.*.group_size": Row(edit(("compressions/w2/group_size", 16)), OF_W2),
+    "compressions.*.sym": Row(edit(("compressions/w2/sym", True)), OF_W2),
+    "compressions.*.iters": Row(edit(("compressions/w2/iters", 2)), OF_W2),
+    "compressions.*.batch_size": Row(edit(("compressions/w2/batch_size", 2)), OF_W2),
+    "compressions.*.format": Row(edit(("compressions/w4/format", "auto_gptq")), OF_W4),
+    "compressions.*.alg_ext": Row(edit(("compressions/w4/alg_ext", True)), OF_W4),
+    "compressions.*.keep": Row(edit(("compressions/w4/keep", ["down_proj"])), OF_W4),
+    "compressions.*.seed": Row(edit(("compressions/w2/seed", 7)), OF_W2),
+    "adapters.*.calibration": Row(edit(("adapters/eora/calibration", "rounding")), FITTED),
+    "adapters.*.ranks": Row(edit(("adapters/eora/ranks", [4, 8, 12])), NOTHING, why=""),
+    "adapters.*.max_rank": Row(edit(("adapters/eora/max_rank", 24)), FITTED),
+    "adapters.*.bits": Row(edit(("adapters/eora/bits", [16, 4, 3])), NOTHING, why=""),
+    "adapters.*.group_size": Row(
+        edit(("adapters/eora/group_size", 16)),
+        [some("quantize_adapter"), some("evaluate", bits="4")],
+    ),
+    "adapters.*.method": Row(edit(("adapters/eora/method", "svd")), FITTED),
+    "tasks.*.lm_eval": Row(
+        edit(("tasks/choice/lm_eval", "arc_challenge")),
+        [some("prepare_task", task="choice"), *JUDGED_CHOICE],
+    ),
+    "tasks.*.dataset": Row(edit(("tasks/choice/dataset", "sentences")), JUDGED_CHOICE),
+    "tasks.*.fewshot_dataset": Row(
+        edit(("tasks/choice/fewshot_dataset", "sentences")), JUDGED_CHOICE
+    ),
+    "tasks.*.num_fewshot": Row(edit(("tasks/choice/num_fewshot", 2)), JUDGED_CHOICE),
+    "tasks.*.limit": Row(edit(("tasks/choice/limit", 7)), JUDGED_CHOICE),
+    "tasks.*.chat_template": Row(edit(("tasks/choice/chat_template", True)), JUDGED_CHOICE),
+    "tasks.*.perplexity": Row(edit(("tasks/text/perplexity", "more")), JUDGED_TEXT),
+    "tasks.*.window": Row(edit(("tasks/text/window", 16)), JUDGED_TEXT),
+    "tasks.*.windows": Row(edit(("tasks/text/windows", 3)), JUDGED_TEXT),
+    "tasks.*.batch_size": Row(edit(("tasks/choice/batch_size", 2)), NOTHING),
+    "tasks.*.metric": Row(edit(("tasks/choice/metric", "acc")), NOTHING, report=True, why=""),
+    "covariance.shards": Row(
+        edit(("covariance/shards", 3)),
+        [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
+        why="",
+    ),
+    "runtime.device": Row(edit(("runtime/device", "auto")), NOTHING),
+    "runtime.batch_size": Row(edit(("runtime/batch_size", 3)), NOTHING),
+    "runtime.threads": Row(edit(("runtime/threads", 2)), NOTHING),
+    "runtime.store": Row(edit(("runtime/store", False)), NOTHING),
+}
+
+
+def schema_keys(schema: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The schema's keys, dotted, those of named entries below a star."""
+    for key, below in schema.get("properties", {}).items():
+        if below.get("type") != "object":
+            yield f"{above}{key}"
+        yield from schema_keys(below, f"{above}{key}.")
+        if isinstance(below.get("additionalProperties"), dict):
+            yield from schema_keys(below["additionalProperties"], f"{above}{key}.*.")
+
+
+def test_every_key_of_the_schema_has_a_row():
+    schema = cfg.load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    assert set(schema_keys(schema)) == set(TABLE)
+
+
+@pytest.fixture(scope="module")
+def others(pipeline):
+    """Other local sources that rows name; their paths are relative to the working directory."""
+    make_model(pipeline.folder / "sources/other", seed=2)
+    make_questions(pipeline.folder / "sources/others.jsonl")
+
+
+def check(pipeline, row: Row) -> list[str]:
+    """Plan the changed config; assert its jobs; return the reasons that status gives."""
+    config = copy.deepcopy(pipeline.config)
+    row.change(config)
+    before, after = every_job(pipeline.config), every_job(config)
+    expected = {found for found in after if any(is_one(found) for is_one in row.again)}
+    expected |= after - before
+    if expected or row.report or before - after:
+        expected.add(REPORT)
+    jobs, reasons = plan(pipeline, config)
+    assert jobs == expected
+    return reasons
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_one_key(pipeline, others, key):
+    row = TABLE[key]
+    reasons = check(pipeline, row)
+    if row.again and key != "results":
+        section, _, last = key.replace("*", "entry").partition(".entry.")
+        why = row.why if row.why is not None else rf"{section}\.\w+\.{last}: "
+        assert any(re.match(why, reason) for reason in reasons), reasons
+
+
+CHANGES = {
+    "nothing": Row(edit(), NOTHING),
+    "a default is written out": Row(
+        edit(
+            ("models/twin/trust_remote_code", False),
+            ("datasets/more/text", "text"),
+            ("calibrations/rounding/layout", "packed"),
+            ("compressions/w2/sym", False),
+            ("compressions/w2/seed", 42),
+            ("compressions/w2/keep", []),
+            ("adapters/eora/method", "eora"),
+            ("adapters/eora/group_size", 32),
+            ("tasks/choice/chat_template", False),
+            ("runtime/batch_size", 8),
+        ),
+        NOTHING,
+    ),
+    # Snakemake compares params as a set of values without names.
+    "two values are swapped": Row(
+        edit(("compressions/w2/iters", 8), ("compressions/w2/batch_size", 1)), OF_W2
+    ),
+    "two other values are swapped": Row(
+        edit(("tasks/text/window", 4), ("tasks/text/windows", 32)), JUDGED_TEXT
+    ),
+    "two entries are swapped": Row(
+        lambda config: config["compressions"].update(
+            w2=config["compressions"]["w4"], w4=config["compressions"]["w2"]
+        ),
+        OF_W2 + OF_W4,
+    ),
+    "a path to the same files elsewhere": Row(
+        edit(("datasets/questions/path", "sources/moved/questions.jsonl")), NOTHING
+    ),
+    "a model more": Row(edit(("models/more", {"path": "sources/other"})), NOTHING),
+    "a compression more: no covariance pass": Row(
+        edit(
+            (
+                "compressions/w3",
+                {"bits": 3, "group_size": 32, "iters": 1, "calibration": "rounding"},
+            )
+        ),
+        NOTHING,
+    ),
+    "a task more": Row(edit(("tasks/short", {"perplexity": "sentences", "window": 16})), NOTHING),
+    "an adapter more, on the same moments": Row(
+        edit(
+            (
+                "adapters/svd",
+                {"calibration": "moments", "ranks": [4], "bits": [16], "method": "svd"},
+            )
+        ),
+        NOTHING,
+    ),
+    "a model is renamed": Row(rename("models", "twin", "other"), NOTHING),
+    "a data set is renamed": Row(
+        rename(
+            "datasets", "sentences", "s", "calibrations/rounding/dataset", "tasks/text/perplexity"
+        ),
+        ROUNDING + JUDGED_TEXT,
+    ),
+    "a calibration is renamed": Row(
+        rename("calibrations", "moments", "m", "adapters/eora/calibration"), FITTED
+    ),
+    "a compression is renamed": Row(rename("compressions", "w2", "two"), NOTHING),
+    "an adapter is renamed": Row(rename("adapters", "eora", "e"), NOTHING),
+    "a task is renamed": Row(rename("tasks", "text", "t"), NOTHING),
+    "a model less": Row(drop("models", "twin"), NOTHING),
+    "a compression less": Row(drop("compressions", "w4"), NOTHING),
+    "a task less": Row(drop("tasks", "text"), NOTHING),
+    "a rank less": Row(edit(("adapters/eora/ranks", [8])), NOTHING),
+    "bits less": Row(edit(("adapters/eora/bits", [16])), NOTHING),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_change(pipeline, others, name):
+    moved = pipeline.folder / "sources/moved"
+    moved.mkdir(exist_ok=True)
+    shutil.copyfile(pipeline.folder / "sources/questions.jsonl", moved / "questions.jsonl")
+    check(pipeline, CHANGES[name])
+
+
+def test_comments_and_key_order(pipeline):
+    config = {key: pipeline.config[key] for key in reversed(pipeline.config)}
+    file = pipeline.folder / "reordered.yaml"
+    file.write_text("# a comment\n" + yaml.safe_dump(config, sort_keys=False))
+    process = pipeline.start(*pipeline.command(file, "--dry-run"))
+    assert read_dry_run(process.communicate()[0]) == set()
+
+
+VERSIONS = {
+    "download_model": [some(model=".+")],
+    "download_dataset": [some("download_dataset"), *ROUNDING, *MOMENTS, some("evaluate")],
+    "prepare_task": [some("prepare_task"), *JUDGED_CHOICE],
+    "tokenize": [*ROUNDING, *MOMENTS],
+    "compress": OF_W2 + OF_W4,
+    "covariance": [some("covariance"), *FITTED],
+    "decompose": FITTED,
+    "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
+    "quantize_adapter": [some("quantize_adapter"), some("evaluate", bits="4")],
+    "evaluate": [some("evaluate")],
+    "report": [],
+}
+
+
+def test_every_stage_has_a_version():
+    assert set(VERSIONS) == {*stages.STAGES, "report"}
+
+
+@pytest.mark.parametrize("stage", VERSIONS)
+def test_a_stages_version_is_raised(pipeline, tmp_path, stage):
+    for name in ("Snakefile", "workflow", "profiles", "scripts", "envs"):
+        source = ROOT / name
+        copier = shutil.copytree if source.is_dir() else shutil.copyfile
+        copier(source, tmp_path / name)
+    raised = tmp_path / "scripts/eora/stages.py"
+    place = "REPORT_VERSION =" if stage == "report" else rf'"{stage}": Stage\([^,]*,'
+    text, count = re.subn(rf"({place}\s+)1\b", r"\g<1>2", raised.read_text())
+    assert count == 1
+    raised.write_text(text)
+    there = copy.copy(pipeline)
+    there.root = tmp_path
+    expected = {
+        found
+        for found in every_job(pipeline.config)
+        if any(is_one(found) for is_one in VERSIONS[stage])
+    }
+    jobs, reasons = plan(there)
+    assert jobs == expected | {REPORT}
+    assert stage == "report" or f"version of stage {stage}: 1 -> 2" in reasons
 
 
 @pytest.mark.parametrize("how", ["copied", "touched"])
 def test_touching_or_copying_results(pipeline, tmp_path, how):
-    clone = Pipeline(tmp_path / "copy", pipeline.config)
-    shutil.copytree(pipeline.folder, clone.folder)  # copies mtimes of files, not of folders
+    clone = pipeline.copy(tmp_path / "copy")
     if how == "touched":
         now = time.time()
         for i, path in enumerate(sorted(clone.results.rglob("*"), reverse=True)):
             os.utime(path, (now - i, now - i))
-    assert planned(clone) == set()
+    assert plan(clone)[0] == set()
 
 
-def test_add_a_rank(pipeline):
-    assert planned(pipeline, edited(pipeline, "adapters/eora/ranks", [8, 12])) == (
-        adapted(*BOTH, rank=12)
-        | rounded(*BOTH, rank=12)
-        | judged(*compensated(*BOTH, ranks=(12,)))
-        | {REPORT}
-    )
-
-
-def test_raise_max_rank(pipeline):
-    config = edited(pipeline, "adapters/eora/max_rank", 24)
-    assert planned(pipeline, config) == after_decomposition(*BOTH)
-
-
-def test_add_a_task(pipeline):
-    config = edited(pipeline, "tasks/more", {"perplexity": "sentences", "window": 16})
-    everything = ("original", *BOTH, *compensated(*BOTH))
-    assert planned(pipeline, config) == judged(*everything, tasks=("more",)) | {REPORT}
-
-
-def test_change_a_tasks_limit(pipeline):
-    everything = ("original", *BOTH, *compensated(*BOTH))
-    config = edited(pipeline, "tasks/choice/limit", 7)
-    assert planned(pipeline, config) == judged(*everything, tasks=("choice",)) | {REPORT}
-
-
-def test_show_another_metric(pipeline):
-    assert planned(pipeline, edited(pipeline, "tasks/choice/metric", "acc")) == {REPORT}
-
-
-def test_add_adapter_bits(pipeline):
-    config = edited(pipeline, "adapters/eora/bits", [16, 4, 3])
-    assert planned(pipeline, config) == (
-        rounded(*BOTH, bits=3) | judged(*compensated(*BOTH, bits=(3,))) | {REPORT}
-    )
-
-
-def test_change_the_low_bit_adapters_groups(pipeline):
-    config = edited(pipeline, "adapters/eora/group_size", 16)
-    assert planned(pipeline, config) == (
-        rounded(*BOTH) | judged(*compensated(*BOTH, bits=(4,))) | {REPORT}
-    )
-
-
-def test_add_a_compression_runs_no_covariance(pipeline):
-    new = pipeline.config["compressions"]["w2"] | {"bits": 3}
-    config = edited(pipeline, "compressions/w3", new)
-    assert planned(pipeline, config) == (
-        {"Compressing tiny to w3"} | judged("w3") | after_decomposition("w3")
-    )
-
-
-@pytest.mark.parametrize(("key", "value"), [("iters", 2), ("bits", 3), ("group_size", 16)])
-def test_change_one_compression(pipeline, key, value):
-    config = edited(pipeline, f"compressions/w2/{key}", value)
-    assert planned(pipeline, config) == (
-        {"Compressing tiny to w2"} | judged("w2") | after_decomposition("w2")
-    )
-
-
-def test_swapped_values_are_seen(pipeline):
-    """Snakemake compares params as a set without names; the same values under other keys differ."""
-    compression = pipeline.config["compressions"]["w2"] | {"iters": 4, "batch_size": 1}
-    first = edited(pipeline, "compressions/w2", compression)
-    assert planned(pipeline, first) & {"Compressing tiny to w2"}
-    swapped = edited(
-        pipeline, "compressions/w2", compression | {"group_size": 16, "batch_size": 32}
-    )
-    assert planned(pipeline, swapped) & {"Compressing tiny to w2"}
-
-
-def test_calibration_of_the_moments(pipeline):
-    config = edited(pipeline, "calibrations/moments/samples", 10)
-    assert planned(pipeline, config) == (
-        {"Tokenizing moments for tiny"} | covariances() | after_decomposition(*BOTH)
-    )
-
-
-def test_calibration_of_the_rounding(pipeline):
-    config = edited(pipeline, "calibrations/rounding/samples", 5)
-    assert planned(pipeline, config) == (
-        {"Tokenizing rounding for tiny"}
-        | {f"Compressing tiny to {c}" for c in BOTH}
-        | judged(*BOTH)
-        | after_decomposition(*BOTH)
-    )
-
-
-def test_add_a_model(pipeline):
-    make_model(pipeline.folder / "sources/other", seed=1)
-    new = {"path": str(pipeline.folder / "sources/other")}
-    jobs = planned(pipeline, edited(pipeline, "models/other", new))
-    assert REPORT in jobs and "Fetching model other" in jobs
-    assert all("other" in job for job in jobs - {REPORT})
-    assert len(jobs - {REPORT}) == 1 + 1 + 2 + 2 + 2 + 4 + 2 + 2 + 7 * 2
-
-
-@pytest.mark.parametrize("path", ["compressions/w4", "tasks/text"])
-def test_remove_an_entry(pipeline, path):
-    assert planned(pipeline, edited(pipeline, path, None)) == {REPORT}
-
-
-def test_remove_bits(pipeline):
-    assert planned(pipeline, edited(pipeline, "adapters/eora/bits", [16])) == {REPORT}
-
-
-def test_a_local_models_change_is_seen(pipeline, tmp_path):
-    clone = Pipeline(tmp_path / "copy", copy.deepcopy(pipeline.config))
-    shutil.copytree(pipeline.folder, clone.folder)
-    changed = pipeline.folder / "sources/tiny/generation_config.json"
-    before = changed.read_text()
+def test_a_local_files_content_is_seen_whatever_its_time(pipeline):
+    file = pipeline.folder / "sources/questions.jsonl"
+    stamp, before = file.stat(), file.read_text()
     try:
-        changed.write_text(before.replace("}", ', "temperature": 0.5}'))
-        assert "Fetching model tiny" in planned(clone)
+        file.write_text(before.replace("hill", "mill"))
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        jobs, reasons = plan(pipeline)
+        rows = [some("download_dataset", dataset="questions"), *JUDGED_CHOICE]
+        everything = every_job(pipeline.config)
+        assert jobs == {j for j in everything if any(row(j) for row in rows)} | {REPORT}
+        assert "datasets.questions.path: questions.jsonl was changed" in reasons
     finally:
-        changed.write_text(before)
+        file.write_text(before)
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-def test_a_lost_result_is_remade_with_what_follows(pipeline, tmp_path):
-    clone = Pipeline(tmp_path / "copy", pipeline.config)
-    shutil.copytree(pipeline.folder, clone.folder)
-    (clone.results / "evaluations/tiny/w2/text/results.json").unlink()
-    assert planned(clone) == judged("w2", tasks=("text",)) | {REPORT}
+LOST = {
+    "models/twin": OF_TWIN,
+    "datasets/more": OF_MORE,
+    "tasks/choice": [some("prepare_task"), *JUDGED_CHOICE],
+    "tokens/tiny/rounding": [
+        some("tokenize", model="tiny", calibration="rounding"),
+        some(*AFTER_COMPRESS, model="tiny", compression=".+"),
+    ],
+    "compressed/tiny/w2": [some(*AFTER_COMPRESS, model="tiny", compression="w2")],
+    # The hidden states that the last shard starts from are gone: the first makes them again.
+    "covariance/tiny/moments/1-of-2": [
+        some("covariance", model="tiny"),
+        some(*AFTER_DECOMPOSE, model="tiny", adapter="eora"),
+    ],
+    "decompositions/tiny/w2/eora/0-of-2": [
+        some("decompose", model="tiny", compression="w2", shard="0"),
+        some(*AFTER_DECOMPOSE[1:], model="tiny", compression="w2", adapter="eora"),
+    ],
+    "adapters/tiny/w2/eora/r4-16bit": [
+        some(*AFTER_DECOMPOSE[1:], model="tiny", compression="w2", rank="4")
+    ],
+    "adapters/tiny/w2/eora/r4-16bit/adapter": [
+        some(*AFTER_DECOMPOSE[1:], model="tiny", compression="w2", rank="4")
+    ],
+    "evaluations/tiny/original/text": [some("evaluate", model="tiny", task="text")],
+    "evaluations/tiny/original/text/results.json": [some("evaluate", model="tiny", task="text")],
+}
 
 
-def test_a_lost_folder_that_nothing_waits_for_is_not_missed(pipeline, tmp_path):
-    """Room can be made by deleting decompositions; they come back when a rank needs them."""
-    clone = Pipeline(tmp_path / "copy", pipeline.config)
-    shutil.copytree(pipeline.folder, clone.folder)
-    shutil.rmtree(clone.results / "decompositions")
-    assert planned(clone) == set()
-    more = edited(pipeline, "adapters/eora/ranks", [8, 12])
-    assert decomposed(*BOTH) <= planned(clone, more)
+@pytest.mark.parametrize("lost", LOST)
+def test_a_lost_result_is_made_again_with_what_follows(pipeline, tmp_path, lost):
+    clone = pipeline.copy(tmp_path / "copy")
+    path = clone.results / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    expected = {
+        found
+        for found in every_job(pipeline.config)
+        if any(is_one(found) for is_one in LOST[lost])
+        and not (lost.startswith("evaluations") and "compression" in dict(found[1]))
+    }
+    assert plan(clone)[0] == expected | {REPORT}
+
+
+def test_room_can_be_made_by_deleting_what_is_only_a_step(pipeline, tmp_path):
+    """While its manifest is there, a big folder is missed only when something needs it."""
+    clone = pipeline.copy(tmp_path / "copy")
+    for folder in clone.results.glob("decompositions/*/*/*/*/factors"):
+        shutil.rmtree(folder)
+    assert plan(clone)[0] == set()
+    config = copy.deepcopy(pipeline.config)
+    put("adapters/eora/ranks", [4, 8, 12], config)
+    decompositions = {found for found in every_job(config) if found[0] == "decompose"}
+    assert decompositions <= plan(clone, config)[0]

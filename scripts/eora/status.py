@@ -1,0 +1,261 @@
+"""What a config's results are: done, missing or stale, and because of which key.
+
+Which jobs a run would start is Snakemake's own word (``snakemake --summary``: the same graph as its
+dry run); why, is read from the manifests: they hold the parameters that each result was made with.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eora import manifest, stages
+from eora.config import Config, ConfigError, load_schema, validate, variants
+from eora.stages import Place
+
+ROOT = Path(__file__).parents[2]
+
+# Snakemake's words for an output, and ours for why its job runs.
+_REASONS = {
+    "updated input files": "the files that it was made from were changed",
+    "set of input files changed": "it is made from other files",
+    "params changed": "its parameters were changed",
+    "rule implementation changed": "its rule was changed",
+}
+
+
+def load_config(path: Path) -> Config:
+    """The checked config, defaults filled in.
+
+    Raises:
+        ConfigError: it does not fit; or it is no file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; name the config with --config")
+    schema = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    return validate(yaml.safe_load(path.read_text()), schema)
+
+
+@dataclass
+class Job:
+    """One job of the graph.
+
+    Attributes:
+        rule: its name.
+        folder: where its result lies, below the results folder.
+        place: the same, taken apart; None for a rule that is no stage (report, check_ranks).
+        runs: whether the next run starts it.
+        state: done, missing (nothing is there), stale (something that it depends on was changed),
+            follows (made again only because of a job before it; restored where that gives the
+            same), or differs (made with other parameters, and Snakemake does not know).
+        why: for stale and differs, the keys: old value -> new value.
+    """
+
+    rule: str
+    folder: str
+    place: Place | None
+    runs: bool
+    state: str
+    why: list[str] = field(default_factory=list)
+
+
+def _summary(config_file: Path) -> Iterator[dict[str, str]]:
+    """Snakemake's table of all outputs: output_file, rule, input-file(s), status, plan."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--configfile", str(config_file), "--cores", "1", "--nolock", "--detailed-summary"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"snakemake could not build the graph:\n{done.stderr.strip()}")
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("output_file\t"))
+    yield from csv.DictReader(lines[start:], delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def jobs(config: Config, config_file: Path) -> list[Job]:
+    """All jobs of the config's graph, in no order.
+
+    Raises:
+        ConfigError: Snakemake cannot build the graph; with its message.
+    """
+    results = Path(config["results"])
+    outputs = defaultdict(list)
+    for row in _summary(config_file):
+        path = Path(row["output_file"]).relative_to(results)
+        place = None
+        for folder in path.parents:
+            place = stages.place_of(folder.as_posix())
+            if place is not None and place.stage == row["rule"]:
+                break
+            place = None
+        where = place.folder if place is not None else path.parent.as_posix()
+        outputs[row["rule"], where, place].append(row)
+    return [
+        _job(config, results, rule, folder, place, rows)
+        for (rule, folder, place), rows in outputs.items()
+    ]
+
+
+def _job(
+    config: Config,
+    results: Path,
+    rule: str,
+    folder: str,
+    place: Place | None,
+    rows: list[dict[str, str]],
+) -> Job:
+    runs = any(row["plan"] == "update pending" for row in rows)
+    told = {row["status"] for row in rows}
+    why = [] if place is None else list(_changed(config, results, place))
+    if not runs:
+        return Job(rule, folder, place, runs, "differs" if why else "done", why)
+    if "missing" in told:
+        return Job(rule, folder, place, runs, "missing")
+    reasons = told & set(_REASONS)
+    if not reasons:
+        return Job(rule, folder, place, runs, "follows")
+    if place is not None and "set of input files changed" in reasons:
+        why += _other_inputs(config, place, rows[0]["input-file(s)"].split(","), results)
+    why = why or [_REASONS[reason] for reason in sorted(reasons)]
+    return Job(rule, folder, place, runs, "stale", why)
+
+
+def _flat(value: Any, *above: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _flat(below, *above, key)
+    else:
+        yield "/".join(above), value
+
+
+def _changed(config: Config, results: Path, place: Place) -> Iterator[str]:
+    """The keys whose values differ from those that the result was made with."""
+    made = results / place.folder / manifest.NAME
+    if not made.is_file():
+        return
+    old = dict(_flat(manifest.load(made)["params"]))
+    new = dict(_flat(stages.params(config, place.stage, dict(place.wildcards))))
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if key.startswith("source/files/"):
+            if before != after:
+                yield f"{_key(config, place, 'path')}: {key.rpartition('/')[2]} was changed"
+        # Beside what it was given, a stage notes the keys that it has no use for: as null or false.
+        elif before != after and (key in new or before not in (None, False)):
+            yield f"{_key(config, place, key)}: {_shown(before)} -> {_shown(after)}"
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# Where in the config a stage's keys are; "version" and a few others are elsewhere.
+_SECTIONS = {
+    "download_model": "models.{model}",
+    "download_dataset": "datasets.{dataset}",
+    "prepare_task": "tasks.{task}",
+    "tokenize": "calibrations.{calibration}",
+    "compress": "compressions.{compression}",
+    "covariance": "covariance",
+    "decompose": "adapters.{adapter}",
+    "adapter": "adapters.{adapter}",
+    "quantize_adapter": "adapters.{adapter}",
+    "evaluate": "tasks.{task}",
+}
+
+
+def _key(config: Config, place: Place, key: str) -> str:
+    """The config's key, dotted, that a stage's parameter comes from."""
+    names = dict(place.wildcards)
+    if key == "version":
+        return f"version of stage {place.stage}"
+    if key in ("trust_remote_code", "base_model"):
+        return f"models.{names['model']}" + (f".{key}" if key == "trust_remote_code" else "")
+    if key == "column":
+        task = config["tasks"].get(names.get("task"), {})
+        calibration = config["calibrations"].get(names.get("calibration"), {})
+        return f"datasets.{task.get('perplexity') or calibration.get('dataset')}.text"
+    renamed = {"name": "lm_eval", "download": "dataset", "kind": "lm_eval"}
+    last = key.removeprefix("source/").replace("/", ".")
+    if place.stage in ("evaluate", "prepare_task"):
+        last = renamed.get(last, last)
+    return f"{_SECTIONS[place.stage].format(**names)}.{last}"
+
+
+# Keys that name another entry: stage -> (stage of the input, its wildcard, the keys).
+_REFERENCES = {
+    "tokenize": ("download_dataset", "dataset", ("dataset",)),
+    "compress": ("tokenize", "calibration", ("calibration",)),
+    "decompose": ("covariance", "calibration", ("calibration",)),
+    "evaluate": ("download_dataset", "dataset", ("dataset", "fewshot_dataset", "perplexity")),
+}
+
+
+def _other_inputs(config: Config, place: Place, inputs: list[str], results: Path) -> Iterator[str]:
+    """The reference whose entry is another one than that which the result was made from."""
+    if place.stage not in _REFERENCES:
+        return
+    stage, wildcard, keys = _REFERENCES[place.stage]
+    old = set()
+    for text in inputs:
+        path = Path(text)
+        if path.name == manifest.NAME and path.is_relative_to(results):
+            found = stages.place_of(path.parent.relative_to(results).as_posix())
+            if found is not None and found.stage == stage:
+                old.add(dict(found.wildcards)[wildcard])
+    section, name = _SECTIONS[place.stage].format(**dict(place.wildcards)).split(".", 1)
+    new = {key: config[section][name][key] for key in keys if key in config[section][name]}
+    for key, value in new.items():
+        if value not in old:
+            gone = ", ".join(sorted(old - set(new.values()))) or "-"
+            yield f"{section}.{name}.{key}: {gone} -> {value}"
+
+
+Row = tuple[str, str, str]  # model (or data set, task), compression, adapter with rank
+
+_COLUMNS = {
+    "download_model": "fetch",
+    "download_dataset": "fetch",
+    "prepare_task": "fetch",
+    "tokenize": "tokenize",
+    "covariance": "covariance",
+    "compress": "compress",
+    "decompose": "decompose",
+    "adapter": "adapter",
+    "quantize_adapter": "low-bit",
+    "evaluate": "evaluate",
+}
+COLUMNS = tuple(dict.fromkeys(_COLUMNS.values()))
+
+
+def table(config: Config, found: list[Job]) -> dict[Row, dict[str, Counter[str]]]:
+    """(model, compression, rank) -> stage -> how many results are in which state."""
+    known = {(variant.model, variant.name): variant for variant in variants(config)}
+    rows: dict[Row, dict[str, Counter[str]]] = {}
+    ordered = {place: i for i, place in enumerate(stages.asked(config))}
+    for job in sorted(found, key=lambda job: ordered.get(job.place, len(ordered))):
+        if job.place is None:
+            continue
+        names = dict(job.place.wildcards)
+        if "variant" in names:
+            variant = known[names["model"], names["variant"]]
+            adapter = "" if variant.adapter is None else f"{variant.adapter} r{variant.rank}"
+            row = (variant.model, variant.compression or "", adapter)
+        elif "model" in names:
+            rank = f" r{names['rank']}" if "rank" in names else ""
+            row = (names["model"], names.get("compression", ""), names.get("adapter", "") + rank)
+        else:
+            kind = "data set" if "dataset" in names else "task"
+            row = (f"{kind} {names.get('dataset') or names['task']}", "", "")
+        cells = rows.setdefault(row, {})
+        cells.setdefault(_COLUMNS[job.rule], Counter())[job.state] += 1
+    order = {name: i for i, name in enumerate(config["models"], 1)}
+    return dict(sorted(rows.items(), key=lambda item: order.get(item[0][0], 0)))
