@@ -29,6 +29,8 @@ VERSIONS = {
 }
 
 try:
+    for _file in workflow.configfiles:
+        cfg.check_file(Path(_file))
     config = cfg.validate(
         config,
         cfg.load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml")),
