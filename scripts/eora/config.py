@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from eora import manifest
+from eora import manifest, sources
 from eora.errors import Mistake
 
 Config = dict[str, Any]
@@ -54,7 +54,7 @@ _YAML_MENDS = {
     "unhashable key": "a key is one word: put text that begins with { or [ in quotes",
     "for the tag": "put text that begins with ! in quotes",
     "written twice": "keep one of them",
-    "YAML reads": "write it as it is meant: without leading zeros or colons, or in quotes if it is text",
+    "YAML reads": "write a plain decimal number, or put what is meant as text in quotes",
 }
 _INTEGER = "tag:yaml.org,2002:int"
 
@@ -340,13 +340,16 @@ def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
     Returns:
         That manifest, or the headers of a local folder's safetensors; None where neither is there
         (the download checks the ranks itself).
+
+    Raises:
+        Mistake: the local folder's weights are not whole.
     """
     if made.is_file():
         return manifest.load(made)
     folder = Path(entry.get("path", "")).expanduser()
     if "path" not in entry or not folder.is_dir():
         return None
-    files = sorted(folder.glob("*.safetensors"))
+    files = sources.weight_files(folder)
     return {"tensors": {file.name: manifest.safetensors_header(file) for file in files}}
 
 

@@ -46,23 +46,22 @@ def explain(error: BaseException, out: Path | None) -> str | None:
     Returns:
         None where the error is the program's.
     """
-    if isinstance(error, Mistake):
-        return str(error)
-    for cause in _chain(error) if out is not None else ():
-        code = _code(cause)
+    causes = [(cause, _code(cause)) for cause in _chain(error)]
+    for _, code in causes if out is not None else ():
         if code in _FULL:
             free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
             return (
                 f"{out}: {os.strerror(code)}. Nothing half-made is left; now {free / 1e6:,.1f} MB "
                 "are free there. Free more, or set results to a folder on a larger disk"
             )
+    if isinstance(error, Mistake):
+        return str(error)
+    for cause, code in causes:
         name = getattr(cause, "filename", None)
         if name is None:
             continue
         if code in _CLOSED:
             return f"{name}: {os.strerror(code)}. Give this user access, or name another place"
-        if code in _IN_THE_WAY and Path(name) in (out, *out.parents):
-            return (
-                f"{name}: a file is where a folder goes. Move it, or set results to another place"
-            )
+        if code in _IN_THE_WAY and out is not None and Path(name) in (out, *out.parents):
+            return f"{name}: a file lies where a folder goes. Move it, or set results elsewhere"
     return None
