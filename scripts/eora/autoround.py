@@ -43,9 +43,10 @@ def check_layers(
     for part in keep:
         try:
             matched = set(filter(re.compile(to_standard_regex(part)).search, widths))
-        except re.error as error:
+        except ValueError as error:
             raise Mistake(
-                f"compressions.<name>.keep: {part!r} is no regular expression ({error}); mend it"
+                f"compressions.<name>.keep: {part!r} is part of no name, and no regular "
+                f"expression ({error}); mend or remove it"
             ) from None
         if not matched:
             # Without block numbers, as parts of names are given: mlp.down_proj, down_proj.

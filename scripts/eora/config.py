@@ -48,6 +48,7 @@ class ConfigError(Mistake):
 _YAML_MENDS = {
     r"'\t'": "indent with spaces, not with tabs",
     "undefined alias": "write the & of that name above, or put text that begins with * in quotes",
+    "scanning an a": "put text that begins with * or & in quotes",
     "for merging": "give << the alias of a section (*name), or a list of such",
     "mapping values are not allowed": "mend the indentation, or put text that holds ': ' in quotes",
     "another document": "remove the second ---",
@@ -97,7 +98,8 @@ def check_file(path: Path) -> None:
         config = yaml.load(text, _StrictLoader)
         json.dumps(config, skipkeys=True, default=str)  # an anchor within itself has no end
     except yaml.MarkedYAMLError as error:
-        mends = (mend for found, mend in _YAML_MENDS.items() if found in error.problem)
+        told = f"{error.context} {error.problem}"
+        mends = (mend for found, mend in _YAML_MENDS.items() if found in told)
         mend = next(mends, "mend the indentation, the quotes or the brackets here or above")
         where = error.problem_mark
         raise ConfigError(

@@ -36,6 +36,11 @@ def _code(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest one above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def explain(error: BaseException, out: Path | None) -> str | None:
     """The user's message for an error: a mistake's own, or that ``out`` cannot be written.
 
@@ -49,7 +54,7 @@ def explain(error: BaseException, out: Path | None) -> str | None:
     causes = [(cause, _code(cause)) for cause in _chain(error)]
     for _, code in causes if out is not None else ():
         if code in _FULL:
-            free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+            free = shutil.disk_usage(_existing(out)).free
             return (
                 f"{out}: {os.strerror(code)}. Nothing half-made is left; now {free / 1e6:,.1f} MB "
                 "are free there. Free more, or set results to a folder on a larger disk"
@@ -63,5 +68,8 @@ def explain(error: BaseException, out: Path | None) -> str | None:
         if code in _CLOSED:
             return f"{name}: {os.strerror(code)}. Give this user access, or name another place"
         if code in _IN_THE_WAY and out is not None and Path(name) in (out, *out.parents):
-            return f"{name}: a file lies where a folder goes. Move it, or set results elsewhere"
+            return (
+                f"{_existing(out)}: a file lies where a folder goes. "
+                "Move it, or set results to another place"
+            )
     return None

