@@ -244,8 +244,9 @@ def constraints(entry=SCHEMA, at=()):
             yield at, keyword, BREAK[keyword](entry), at
     for key, below in entry.get("properties", {}).items():
         yield from constraints(below, (*at, key))
-    for _, keyword, bad, _ in constraints(entry.get("items", {})):
-        yield at, keyword, [bad] * entry.get("minItems", 1), (*at, "0")
+    if "items" in entry:
+        for _, keyword, bad, _ in constraints(entry["items"]):
+            yield at, keyword, [bad] * entry.get("minItems", 1), (*at, "0")
 
 
 CONSTRAINTS = [c for c in constraints() if c[0]]  # an empty path is the file itself: see below
