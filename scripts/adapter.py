@@ -24,7 +24,7 @@ def main(
     decompositions: Annotated[
         list[Path],
         typer.Argument(
-            parser=cli.stage_folder, help="Folders of the decompose stage, one a shard."
+            parser=cli.finished_folder, help="Folders of the decompose stage, one a shard."
         ),
     ],
     out: Annotated[Path, cli.Out],

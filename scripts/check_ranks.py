@@ -1,7 +1,6 @@
 """Refuse ranks above the width of one of a model's layers, before work is spent on it."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +15,7 @@ def main(
     ranks: Annotated[str, typer.Option(help="JSON object: adapter -> list of ranks.")],
 ) -> None:
     cli.setup()
-    try:
-        config.check_ranks(manifest.load(model), name, json.loads(ranks))
-    except config.ConfigError as error:
-        logging.error("The config does not fit. Please mend:\n%s", error)
-        raise typer.Exit(1) from None
+    config.check_ranks(manifest.load(model), name, json.loads(ranks))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def main(
         )
         if spec.kind == "perplexity":
             documents = text.texts(dataset / "data", spec.column)
-            ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed")
+            keys = ("tasks.<name>.windows", "tasks.<name>.window")
+            ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
             metrics, samples = evaluation.perplexity(network, ids, batch_size), len(ids)
         else:
             where_defined = json.loads((task / "task.json").read_text())["folder"]

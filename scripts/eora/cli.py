@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from eora.errors import explain
 from eora.manifest import NAME
 
 T = TypeVar("T")
@@ -23,9 +25,21 @@ def stage_folder(text: str) -> Path:
     return path.parent if path.name == NAME else path
 
 
+def finished_folder(text: str) -> Path:
+    """A stage's folder, as :func:`stage_folder`, that holds a whole result.
+
+    Raises:
+        typer.BadParameter: it has no manifest.
+    """
+    folder = stage_folder(text)
+    if not (folder / NAME).is_file():
+        raise typer.BadParameter(f"{folder} holds no finished result ({NAME}): run its stage first")
+    return folder
+
+
 def Stage(help: str) -> Any:  # noqa: N802 - used as an option's type, like typer.Option
     """An option that takes another stage's folder, or the manifest in it."""
-    return typer.Option(parser=stage_folder, help=f"Folder (or manifest.json) of {help}.")
+    return typer.Option(parser=finished_folder, help=f"Folder (or manifest.json) of {help}.")
 
 
 Params = typer.Option("--params", help="Parameters as JSON, or @FILE holding it; see above.")
@@ -75,13 +89,14 @@ def parse(text: str, spec: type[T]) -> T:
     """The stage's parameters as its dataclass; a missing or unknown key is named.
 
     Raises:
-        typer.BadParameter: not JSON, or keys that do not fit ``spec``.
+        typer.BadParameter: no JSON object, or keys that do not fit ``spec``.
     """
-    source = Path(text[1:]).read_text() if text.startswith("@") else text
     try:
-        values: dict[str, Any] = json.loads(source)
-    except json.JSONDecodeError as error:
+        values = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"--params is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise typer.BadParameter("--params is no JSON object: write {...} with a value a key")
     fields = {f.name: f for f in dataclasses.fields(spec)}
     required = {
         name
@@ -111,8 +126,24 @@ def device(name: str) -> str:
 
 
 def run(main: Any, doc: str, spec: type | None = None) -> None:
-    """Run a stage's ``main`` as a command whose ``--help`` describes it and its parameters."""
+    """Run a stage's ``main`` as a command whose ``--help`` describes it and its parameters.
+
+    What the user can mend ends it with one message and exit code 1; other errors are the program's
+    and show where they come from.
+    """
+
+    @functools.wraps(main)
+    def guarded(**arguments: Any) -> None:
+        try:
+            main(**arguments)
+        except Exception as error:
+            message = explain(error, arguments.get("out") or arguments.get("results"))
+            if message is None:
+                raise
+            typer.echo(f"Error: {message}", err=True)
+            raise typer.Exit(1) from None
+
     params = f"\n\n--params takes a JSON object. {spec.__doc__}" if spec is not None else ""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=f"{doc}{params}")(main)
+    app.command(help=f"{doc}{params}")(guarded)
     app()

@@ -6,6 +6,7 @@ Needs neither torch nor Snakemake, so that a mistake is reported in a second.
 from __future__ import annotations
 
 import difflib
+import json
 import os.path
 import re
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from eora import manifest
+from eora import manifest, sources
+from eora.errors import Mistake
 
 Config = dict[str, Any]
 
@@ -38,8 +40,79 @@ _TASK_KEYS = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(Mistake):
     """The config does not fit; the message names every bad key and how to mend it."""
+
+
+# What PyYAML finds wrong -> how to mend it.
+_YAML_MENDS = {
+    r"'\t'": "indent with spaces, not with tabs",
+    "undefined alias": "write the & of that name above, or put text that begins with * in quotes",
+    "scanning an a": "put text that begins with * or & in quotes",
+    "for merging": "give << the alias of a section (*name), or a list of such",
+    "mapping values are not allowed": "mend the indentation, or put text that holds ': ' in quotes",
+    "another document": "remove the second ---",
+    "unhashable key": "a key is one word: put text that begins with { or [ in quotes",
+    "for the tag": "put text that begins with ! in quotes",
+    "written twice": "keep one of them",
+    "YAML reads": "write a plain decimal number, or put what is meant as text in quotes",
+}
+_INTEGER = "tag:yaml.org,2002:int"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses what YAML takes in silence: a key given twice, and numbers that are not decimal."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, yaml.Node] = {}
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            first = seen.setdefault(key.value, key)
+            if first is not key:
+                line = first.start_mark.line + 1
+                problem = f"the key {key.value} is written twice, first in line {line}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
+
+    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if node.tag == _INTEGER and re.match(r"[-+]?0.|.*:", node.value):
+            problem = f"YAML reads {node.value} as {self.construct_yaml_int(node)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
+
+
+def check_file(path: Path) -> None:
+    """Refuse a config file that is no YAML, or that YAML reads otherwise than it looks.
+
+    Raises:
+        ConfigError: naming the file, the line and the mend.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        try:
+            json.loads(text)
+            text = text.replace("\t", " ")  # which JSON may indent with
+        except ValueError:
+            pass
+        config = yaml.load(text, _StrictLoader)
+        json.dumps(config, skipkeys=True, default=str)  # an anchor within itself has no end
+    except yaml.MarkedYAMLError as error:
+        told = f"{error.context} {error.problem}"
+        mends = (mend for found, mend in _YAML_MENDS.items() if found in told)
+        mend = next(mends, "mend the indentation, the quotes or the brackets here or above")
+        where = error.problem_mark
+        raise ConfigError(
+            f"{path}, line {where.line + 1}: {error.problem}; {mend}\n{where.get_snippet()}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}; mend this value, or put it in quotes") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: {_shown(config)} is no section; write models: and tasks: in it")
 
 
 def load_schema(path: Path) -> dict[str, Any]:
@@ -91,6 +164,16 @@ def _odd_keys(value: Any, *where: Any) -> Iterator[str]:
         yield from _odd_keys(below, *where, key)
 
 
+def _fits_unquoted(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether text would be what the schema wants, had it not been in quotes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return Draft202012Validator(schema).is_valid(yaml.safe_load(value))
+    except (yaml.YAMLError, ValueError):
+        return False
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     """One line for each mistake behind a schema error: key, what is wrong, how to mend it."""
     at, value, wanted = error.absolute_path, error.instance, error.validator_value
@@ -117,12 +200,18 @@ def _explain(error: ValidationError) -> Iterator[str]:
         wrong = f"{_shown(value)} is not {types}"
         if value is None:
             wrong = f"empty; give {types}" + (", or remove it" if "default" in error.schema else "")
+        elif wanted == "string" and isinstance(value, bool):
+            wrong += " (so YAML reads no, off, yes and on), put it in quotes"
         elif wanted == "string" and not isinstance(value, list | dict):
             wrong += ", put it in quotes"
+        elif _fits_unquoted(value, error.schema):
+            wrong += ", remove the quotes"
         elif wanted == "array" and not isinstance(value, dict):
             wrong += f", write [{_shown(value)}]"
     elif error.validator == "enum":
         wrong = f"{_shown(value)} is none of {', '.join(_shown(v) for v in wanted)}"
+        if _fits_unquoted(value, error.schema):
+            wrong += ", remove the quotes"
     elif error.validator == "pattern":
         wrong = f"{_shown(value)} does not fit"
     yield f"{where}: {wrong}; {meaning}" if meaning else f"{where}: {wrong}"
@@ -253,13 +342,16 @@ def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
     Returns:
         That manifest, or the headers of a local folder's safetensors; None where neither is there
         (the download checks the ranks itself).
+
+    Raises:
+        Mistake: the local folder's weights are not whole.
     """
     if made.is_file():
         return manifest.load(made)
     folder = Path(entry.get("path", "")).expanduser()
     if "path" not in entry or not folder.is_dir():
         return None
-    files = sorted(folder.glob("*.safetensors"))
+    files = sources.weight_files(folder)
     return {"tensors": {file.name: manifest.safetensors_header(file) for file in files}}
 
 

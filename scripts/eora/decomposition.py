@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eora import covariance, solver
 from eora.adapters import Pair
+from eora.errors import Mistake
 from eora.streaming import BlockStream, dense_weight, linear_layers
 
 
@@ -59,7 +60,7 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
         layer -> (A, B) in float32, and layer -> its residual curve (R + 1,) float64.
 
     Raises:
-        ValueError: ``rank`` is larger than what was decomposed.
+        Mistake: ``rank`` is larger than what was decomposed.
     """
     pairs, curves = {}, {}
     for file in files:
@@ -70,7 +71,7 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
             layer = key.removesuffix(".lora_A")
             a, b = tensors[key], tensors[f"{layer}.lora_B"]
             if rank > len(a):
-                raise ValueError(
+                raise Mistake(
                     f"rank {rank} is above what {layer} was decomposed to ({len(a)}): "
                     "raise adapters.<name>.max_rank, or lower the rank where the layer is narrower"
                 )

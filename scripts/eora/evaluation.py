@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import DatasetDict, load_from_disk
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eora.errors import Mistake
 
 # Looked for in this order where the config names no metric.
 PREFERRED = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "word_perplexity")
@@ -58,7 +63,7 @@ def locate_task(name: str) -> str:
     The task's code is imported, as some of it fetches what it needs on import.
 
     Raises:
-        KeyError: lm-eval knows no such task or group.
+        Mistake: lm-eval knows no such task or group; the message names those like it.
     """
     import lm_eval.tasks
     from lm_eval.tasks._index import Kind
@@ -68,11 +73,13 @@ def locate_task(name: str) -> str:
     manager = lm_eval.tasks.TaskManager()
     entry = manager.task_index.get(name)
     if entry is not None and entry.kind is Kind.TAG:
-        raise KeyError(f"{name!r} (tasks.<name>.lm_eval) is a tag; give its tasks an entry each")
+        raise Mistake(f"tasks.<name>.lm_eval: {name!r} is a tag; give its tasks an entry each")
     if entry is None or entry.yaml_path is None:
-        raise KeyError(
-            f"lm-eval has no task {name!r} (tasks.<name>.lm_eval); "
-            "`lm-eval ls tasks` lists those that it has"
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        raise Mistake(
+            f"tasks.<name>.lm_eval: lm-eval has no task {name!r}; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + "`lm-eval ls tasks` lists those that it has"
         )
     load_yaml(entry.yaml_path, resolve_func=True)
     return "." if entry.kind is Kind.GROUP else entry.yaml_path.relative_to(root).parts[0]
@@ -88,6 +95,9 @@ def load_task(
         folder: see :func:`locate_task`.
         data: a saved data set that replaces the task's own; its columns must be the same.
         fewshot: a saved data set to draw few-shot examples from; only with ``data``.
+
+    Raises:
+        Mistake: the task cannot use our data.
     """
     import lm_eval.tasks
     from lm_eval.tasks._index import Kind
@@ -107,7 +117,10 @@ def load_task(
     train = "train" if fewshot is not None else None
     entry = manager.task_index[name]
     if entry.yaml_path is None or entry.kind is not Kind.TASK:
-        raise ValueError(f"tasks.<name>.dataset fits single lm-eval tasks; {name} is a group")
+        raise Mistake(
+            f"tasks.<name>.dataset: fits single lm-eval tasks, and {name} is a group; remove it, "
+            "or name one of the group's tasks"
+        )
     override = {
         "custom_dataset": splits,
         "test_split": "test",
@@ -117,7 +130,35 @@ def load_task(
         # Else the task's own number of examples would come from the questions themselves.
         **({} if fewshot is not None else {"num_fewshot": 0}),
     }
-    return manager.load([load_yaml(entry.yaml_path, resolve_func=True) | override])
+    definition = load_yaml(entry.yaml_path, resolve_func=True) | override
+    with _usable(name, "dataset", data):
+        loaded = manager.load([definition])
+        task = loaded["tasks"][name]
+        _read(task, task.eval_docs)
+    if fewshot is not None:
+        with _usable(name, "fewshot_dataset", fewshot):
+            _read(task, task.fewshot_docs())
+    return loaded
+
+
+def _read(task: Any, rows: Iterable[Any]) -> None:
+    """Have the task read every row, as it will when the model is judged."""
+    for row in rows:
+        task.doc_to_text(row)
+        task.doc_to_target(row)
+
+
+@contextmanager
+def _usable(name: str, key: str, data: Path) -> Iterator[None]:
+    """Tell a task's failure to read our data in the user's words."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, TemplateError) as error:
+        columns = ", ".join(load_from_disk(str(data)).column_names)
+        raise Mistake(
+            f"tasks.<name>.{key}: lm-eval's {name} cannot use these data, as it finds {error!r}; "
+            f"give them the columns of the task's own data (they have {columns})"
+        ) from error
 
 
 def content(rows: Iterable[Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eora import adapters
+from eora.errors import Mistake
 
 
 class Factors(nn.Module):
@@ -72,14 +73,17 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
     """Put an adapter folder beside the model's layers, in place.
 
     Raises:
-        KeyError: the adapter names a layer that the model does not have.
+        Mistake: the adapter names a layer that the model does not have.
     """
     for layer, factors in load_factors(folder).items():
         parent_name, _, leaf = layer.rpartition(".")
         try:
             base = model.get_submodule(layer)
         except AttributeError:
-            raise KeyError(f"{folder} is for another model: no layer {layer}") from None
+            raise Mistake(
+                f"{folder} is for another model, as this one has no layer {layer}; "
+                "name the adapter's own"
+            ) from None
         tensor = next((t for t in (*base.parameters(), *base.buffers())), None)
         device = "cpu" if tensor is None else tensor.device
         wrapped = LowRankLinear(base, factors.to(device))

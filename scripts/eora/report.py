@@ -23,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from eora.errors import Mistake
+
 CSV_COLUMNS = [
     "model",
     "variant",
@@ -104,11 +106,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{what} is missing: {path}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} is not JSON: {path}: {error}") from None
+        raise Mistake(f"{what} is missing: {path}; run its stage") from None
+    except ValueError as error:
+        raise Mistake(f"{what} is not JSON: {path}: {error}; remove it and run again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{what} is not a JSON object: {path}")
+        raise Mistake(f"{what} is not a JSON object: {path}; remove it and run again")
     return found
 
 
@@ -251,8 +253,9 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
     metric = wanted or found.get("primary")
     if metric not in metrics:
         measured = ", ".join(metrics) or "none"
-        raise ValueError(
-            f"tasks.{task}.metric: {metric!r} was not measured; measured: {measured} ({path})"
+        raise Mistake(
+            f"tasks.{task}.metric: {metric!r} was not measured; set it to one of {measured} "
+            f"({path})"
         )
     primary = metrics[metric]
     if not isinstance(primary.get("higher_is_better"), bool):

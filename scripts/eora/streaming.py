@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
+from eora.errors import Mistake
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -27,7 +29,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file of ``folder`` that holds it.
 
     Raises:
-        FileNotFoundError: the folder holds no safetensors weights.
+        Mistake: the folder holds no safetensors weights.
     """
     index = folder / INDEX
     if index.is_file():
@@ -38,7 +40,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     if not found:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
+        raise Mistake(f"{folder}: no *.safetensors in it; make or fetch the model again")
     return found
 
 
@@ -51,14 +53,15 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the model's decoder blocks: its ModuleList with one entry a hidden layer.
 
     Raises:
-        ValueError: no such list, so the architecture is not supported.
+        Mistake: no such list, so the architecture is not supported.
     """
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise ValueError(
-        f"{type(model).__name__}: no list of {depth} decoder blocks found; not supported"
+    raise Mistake(
+        f"{type(model).__name__}: no list of {depth} decoder blocks found; this architecture is "
+        "not supported, name another model"
     )
 
 
@@ -98,7 +101,7 @@ class BlockStream:
         trust_remote_code: bool = False,
     ):
         self.device, self.dtype = torch.device(device), dtype
-        self._files = weight_files(folder)
+        self._folder, self._files = folder, weight_files(folder)
         self._open: dict[Path, Any] = {}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -163,7 +166,10 @@ class BlockStream:
             persistent = set(owner.state_dict()) & set(leaves)
             if persistent:
                 missing = ", ".join(f"{name}.{parent}.{leaf}" for leaf in sorted(persistent))
-                raise KeyError(f"the checkpoint has no tensor {missing}")
+                raise Mistake(
+                    f"{self._folder}: the weights lack {missing}, which config.json calls for; "
+                    "fetch the model again, or mend its config.json"
+                )
             for leaf in leaves:  # rotary frequencies and the like: never stored, always computed
                 old = owner._buffers[leaf]
                 owner._buffers[leaf] = torch.empty_like(old, device=self.device)

@@ -11,6 +11,9 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from eora.errors import Mistake
+from eora.sources import check_column
+
 Layout = Literal["packed", "documents"]
 
 
@@ -18,12 +21,16 @@ def texts(folder: Path, column: str) -> Iterator[str]:
     """The non-empty texts of one column of a saved data set, in order.
 
     Raises:
-        KeyError: the data set has no such column; the message lists those it has.
+        Mistake: the data set has no such column, or no text in it; the message lists its columns.
     """
     data: Dataset = load_from_disk(str(folder))
-    if column not in data.column_names:
-        raise KeyError(
-            f"datasets.<name>.text is {column!r}, but the data set has {data.column_names}"
+    check_column(data, column, "text")
+    kinds = {name: getattr(kind, "dtype", "nested") for name, kind in data.features.items()}
+    if kinds[column] not in ("string", "large_string"):
+        has = ", ".join(name for name in kinds if "string" in kinds[name]) or "none"
+        raise Mistake(
+            f"datasets.<name>.text: the column {column!r} holds {kinds[column]}, not text; "
+            f"columns of text: {has}"
         )
     return (text for text in data[column] if text and text.strip())
 
@@ -34,6 +41,7 @@ def windows(
     samples: int,
     seqlen: int,
     layout: Layout,
+    keys: tuple[str, str] = ("calibrations.<name>.samples", "calibrations.<name>.seqlen"),
 ) -> tuple[Tensor, Tensor]:
     """Token samples of a text.
 
@@ -44,12 +52,13 @@ def windows(
         layout: ``packed`` concatenates documents, the tokenizer's end token after each, and cuts
             windows of exactly seqlen; ``documents`` takes one document a sample, truncated, and
             pads shorter ones on the right.
+        keys: where the config says samples and seqlen, for the message.
 
     Returns:
         input_ids (samples, seqlen) int32 and lengths (samples,) int32.
 
     Raises:
-        ValueError: the text is too short for that many samples.
+        Mistake: the text is too short for that many samples.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream: list[int] = []
@@ -61,15 +70,19 @@ def windows(
             if len(stream) >= samples * seqlen:
                 rows = [stream[i * seqlen : (i + 1) * seqlen] for i in range(samples)]
                 break
-        else:
+        elif ids:
             rows.append(ids[:seqlen])
             if len(rows) == samples:
                 break
     if len(rows) < samples:
-        have = len(stream) // seqlen if layout == "packed" else len(rows)
-        raise ValueError(
-            f"the data set gives only {have} samples of {seqlen} tokens, {samples} were asked for: "
-            "lower samples or seqlen, or name a larger data set"
+        packed = layout == "packed"
+        have = len(stream) // seqlen if packed else len(rows)
+        found = f"{len(stream):,} tokens" if packed else f"{len(rows):,} documents"
+        raise Mistake(
+            f"{keys[0]}: {samples:,} of {seqlen:,} tokens were asked for, but the data set has "
+            f"{found}, which make {have:,}; "
+            + (f"lower it to {have:,}" if have else f"lower {keys[1]} as well")
+            + ", or name a larger data set"
         )
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     input_ids = torch.zeros(samples, seqlen, dtype=torch.int32)

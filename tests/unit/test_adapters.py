@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from eora import adapters, lowrank
+from eora.errors import Mistake
 
 RANK = 8
 
@@ -93,5 +94,5 @@ def test_packed_factors_stay_packed_and_compute_their_rounded_product(tiny_model
 def test_an_adapter_of_another_model_is_refused(tiny_model, pairs, tmp_path):
     adapters.save_peft(tmp_path, {"model.layers.9.mlp.up_proj": (torch.ones(8, 64),) * 2}, 8, "x")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with pytest.raises(KeyError, match=r"another model.*layers\.9"):
+    with pytest.raises(Mistake, match=r"another model.*layers\.9"):
         lowrank.attach(model, tmp_path)

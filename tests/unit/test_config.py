@@ -183,6 +183,98 @@ def test_a_mistake_is_one_line_with_its_key_and_mend(case):
     assert mend in lines[0]
 
 
+# --- every constraint of the schema ---
+
+WRONG = {"string": 3, "integer": "x", "boolean": "x", "array": {}, "object": []}
+# What fits no pattern is written here, by the pattern.
+UNFIT = {
+    SCHEMA["$defs"]["name"]["pattern"]: "a/b",
+    "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$": "a/b/c",
+    "^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$": "package>=1",
+    "^[0-9a-f]{64}$": "F" * 64,
+    "^(auto|cpu|cuda(:[0-9]+)?)$": "gpu",
+}
+# A constraint -> a value that breaks it.
+BREAK = {
+    "type": lambda entry: WRONG.get(str(entry["type"]), 3),
+    "enum": lambda entry: "none of them",
+    "pattern": lambda entry: UNFIT[entry["pattern"]],
+    "minLength": lambda entry: "",
+    "minimum": lambda entry: entry["minimum"] - 1,
+    "maximum": lambda entry: entry["maximum"] + 1,
+    "minItems": lambda entry: [4] * (entry["minItems"] - 1),
+    "maxItems": lambda entry: [4] * (entry["maxItems"] + 1),
+    "uniqueItems": lambda entry: [4, 4],
+    "minProperties": lambda entry: {},
+}
+SAYS = {  # what the line says before the key's meaning
+    "type": "is not ",
+    "enum": "is none of ",
+    "pattern": "does not fit",
+    "minLength": "should be non-empty",
+    "minimum": "is less than the minimum of",
+    "maximum": "is greater than the maximum of",
+    "minItems": "",  # "should be non-empty" or "is too short"
+    "maxItems": "is too long",
+    "uniqueItems": "has non-unique elements",
+    "minProperties": "should be non-empty",
+    "required": "missing; it is needed: ",
+    "additionalProperties": "unknown key; ",
+    "propertyNames": "is no usable name; names become file names",
+}
+# Keywords that ask nothing by themselves.
+MEANING = {"$schema", "$defs", "title", "description", "default", "properties", "items"}
+
+
+def constraints(entry=SCHEMA, at=()):
+    """(path, keyword, value that breaks it, path that the message names) of all in the schema."""
+    for keyword, value in entry.items():
+        if keyword in MEANING:
+            continue
+        if keyword == "required":
+            yield from (((*at, key), keyword, REMOVE, (*at, key)) for key in value)
+        elif keyword == "propertyNames":
+            bad = (*at, UNFIT[SCHEMA["$defs"]["name"]["pattern"]])
+            yield bad, keyword, {}, bad
+        elif keyword == "additionalProperties" and isinstance(value, dict):
+            yield from constraints(value, (*at, next(iter(changed()[at[0]]))))
+        elif keyword == "additionalProperties":
+            yield (*at, "colour"), keyword, 1, (*at, "colour")
+        else:  # a keyword or a pattern that is new wants a line above
+            yield at, keyword, BREAK[keyword](entry), at
+    for key, below in entry.get("properties", {}).items():
+        yield from constraints(below, (*at, key))
+    if "items" in entry:
+        for _, keyword, bad, _ in constraints(entry["items"]):
+            yield at, keyword, [bad] * entry.get("minItems", 1), (*at, "0")
+
+
+CONSTRAINTS = [c for c in constraints() if c[0]]  # an empty path is the file itself: see below
+
+
+@pytest.mark.parametrize(
+    ("at", "keyword", "bad", "named"),
+    CONSTRAINTS,
+    ids=[f"{'.'.join(at)}:{keyword}" for at, keyword, *_ in CONSTRAINTS],
+)
+def test_every_constraint_of_the_schema_is_explained(at, keyword, bad, named):
+    config = changed()
+    for depth in range(1, len(at)):
+        if at[depth - 1] in ("covariance", "runtime"):
+            config.setdefault(at[depth - 1], {})
+    put(config, at, bad)
+    fired = {error.validator for error in cfg.Draft202012Validator(SCHEMA).iter_errors(config)}
+    broken = {"pattern"} if keyword == "propertyNames" else {keyword}
+    assert broken <= fired, fired
+    lines = [line for line in complaints(config) if line.startswith(f"{'.'.join(named)}: ")]
+    assert any(SAYS[keyword] in line for line in lines), lines
+
+
+def test_the_file_itself_has_constraints_of_its_own():
+    kinds = {keyword for at, keyword, *_ in constraints() if not at}
+    assert kinds <= {"type"}  # see test_an_empty_file_is_explained
+
+
 @pytest.mark.parametrize("section", ["models", "datasets", "calibrations", "compressions", "tasks"])
 @pytest.mark.parametrize(
     "name", ["a/b", "a b", ".hidden", "-x", "a+b", "ä", "", "x" * 65], ids=lambda n: n[:5] or "none"

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from eora import evaluation, loading
+from eora.errors import Mistake
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -43,7 +44,7 @@ def test_content_tells_data_apart():
 
 
 def test_a_tag_is_refused():
-    with pytest.raises(KeyError, match="tag"):
+    with pytest.raises(Mistake, match="tag"):
         evaluation.locate_task("ai2_arc")
 
 
@@ -79,8 +80,3 @@ def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path,
     assert set(metrics) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     examples = task.instances[0].args[0]
     assert examples.count("train") == shots and examples.count("test") == 1
-
-
-def test_an_unknown_task_is_refused_with_where_to_look():
-    with pytest.raises(KeyError, match="no task 'arc_esay'"):
-        evaluation.locate_task("arc_esay")

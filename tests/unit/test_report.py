@@ -372,7 +372,7 @@ def test_missing_results_are_named(tmp_path):
     plan = make(tmp_path, USUAL)
     gone = tmp_path / "evaluations" / "tiny" / "w2g32" / "arc-easy" / "results.json"
     gone.unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(str(gone))):
+    with pytest.raises(ValueError, match=re.escape(str(gone))):
         report.build(tmp_path, plan)
 
 

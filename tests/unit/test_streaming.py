@@ -6,6 +6,7 @@ from auto_round_extension.torch.qlinear_torch import QuantLinear
 from transformers import AutoModelForCausalLM
 
 from eora import streaming
+from eora.errors import Mistake
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
@@ -40,7 +41,7 @@ def test_only_the_entered_block_holds_weights(tiny_model):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="safetensors"):
+    with pytest.raises(Mistake, match="safetensors"):
         streaming.weight_files(tmp_path)
 
 

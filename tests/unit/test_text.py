@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from conftest import SENTENCES, make_tokenizer
 from eora import text
+from eora.errors import Mistake
 
 TOKENIZER = make_tokenizer()
 
@@ -27,13 +28,13 @@ def test_documents_are_cut_and_padded():
 
 @pytest.mark.parametrize("layout", ["packed", "documents"])
 def test_too_little_text_is_refused_with_what_there_is(layout):
-    with pytest.raises(ValueError, match="only .* samples.*lower samples"):
+    with pytest.raises(Mistake, match="samples: 50 of 16 .*lower it to"):
         text.windows(SENTENCES[:2], TOKENIZER, 50, 16, layout)
 
 
 def test_a_missing_column_is_named(tmp_path):
     Dataset.from_dict({"passage": ["a"]}).save_to_disk(tmp_path)
-    with pytest.raises(KeyError, match="passage"):
+    with pytest.raises(Mistake, match="passage"):
         text.texts(tmp_path, "text")
 
 

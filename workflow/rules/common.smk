@@ -16,6 +16,8 @@ from eora import manifest as mf
 from eora import stages, store
 
 try:
+    for _file in workflow.configfiles:
+        cfg.check_file(Path(_file))
     config = cfg.validate(
         config,
         cfg.load_schema(Path(workflow.basedir, "workflow/schemas/config.schema.yaml")),
@@ -24,7 +26,7 @@ try:
         _known = cfg.known_weights(_entry, Path(config["results"], "models", _model, mf.NAME))
         if _known is not None:
             cfg.check_ranks(_known, _model, cfg.asked_ranks(config))
-except cfg.ConfigError as error:
+except cfg.Mistake as error:
     # The message is for the person who edits the file: no traceback, no line of this one.
     _files = ", ".join(map(str, workflow.configfiles)) or "The config"
     sys.exit(f"{_files} does not fit. Please mend:\n{error}")
