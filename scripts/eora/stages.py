@@ -151,8 +151,7 @@ class Stage:
         folder: its results' folder below the results folder, with its wildcards.
         version: raised when the stage's algorithm changes: its results and what follows are remade.
         keys: (config, wildcards by name) -> what of the config changes its result.
-        product: the big file or folder beside its manifest that the user is after, if it is one
-            and not only a step to another.
+        product: the folder beside its manifest that the user is after, if it is not only a step.
     """
 
     folder: str
@@ -180,7 +179,7 @@ STAGES = {
         _quantize_adapter,
         "adapter",
     ),
-    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate, "results.json"),
+    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate),
 }
 REPORT_VERSION = 1
 

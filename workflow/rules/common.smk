@@ -157,6 +157,16 @@ def judged():
     return [place.folder for place in ASKED if place.stage == "evaluate"]
 
 
+def wanted():
+    """Files that are made again when they are lost: manifests, and what the user is after.
+
+    Evaluations are not among them: the report asks for each of theirs.
+    """
+    places = [place for place in ASKED if place.stage != "evaluate"]
+    products = [f"{RESULTS}/{place.folder}/{place.product}" for place in places if place.product]
+    return [made(place.folder) for place in places] + products
+
+
 def weighed():
     """Folders of the models and adapters whose bytes the report counts."""
     return [v.adapter_folder or v.model_folder for v in VARIANTS.values()]

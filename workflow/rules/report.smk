@@ -8,8 +8,7 @@ localrules:
 rule report:
     """One table and one page of all results."""
     input:
-        judged=[made(folder) for folder in judged()],
-        results=ancient([f"{RESULTS}/{folder}/results.json" for folder in judged()]),
+        judged=[f"{RESULTS}/{folder}/results.json" for folder in judged()],
         weighed=[made(folder) for folder in weighed()],
     output:
         table=report(f"{RESULTS}/summary.csv", caption="../report/summary.rst", category="Results"),
