@@ -184,7 +184,22 @@ def harness(
 
     Returns:
         Metric name -> {value, stderr, higher_is_better}, and the number of samples judged.
+
+    Raises:
+        Mistake: the tokenizer has no chat template, or our data too few examples.
     """
+    if chat_template and not tokenizer.chat_template:
+        raise Mistake(
+            "tasks.<name>.chat_template: this model's tokenizer has no chat template; set it to "
+            "false, or judge a model that has one"
+        )
+    for leaf in task["tasks"].values():
+        shots = leaf.config.num_fewshot if num_fewshot is None else num_fewshot
+        if shots and leaf.config.custom_dataset and shots > (have := len(leaf.fewshot_docs())):
+            raise Mistake(
+                f"tasks.<name>.num_fewshot: {shots} examples are asked for, fewshot_dataset has "
+                f"{have}; set num_fewshot to at most {have}, or name larger data"
+            )
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 

@@ -412,6 +412,15 @@ def test_a_hub_that_cannot_be_reached(tmp_path, capfd):
     assert "models.<name>.hub: owner/name at revision main cannot be fetched; check" in message
 
 
+def test_a_hub_data_set_that_cannot_be_reached(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # fails at once
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    source = {"hub": "owner/name", "revision": "main", "name": "x"}
+    args = ("download_dataset",)
+    message = refused(capfd, tmp_path / "out", *args, params={"source": source, "version": 1})
+    assert "datasets.<name>.hub: owner/name at revision main cannot be fetched; check" in message
+
+
 def two_splits(folder):
     data = Dataset.from_dict({"text": SENTENCES[:4]})
     DatasetDict({"train": data, "test": data}).save_to_disk(folder / "d")
@@ -629,6 +638,20 @@ def test_a_task_that_lm_eval_has_not(tmp_path, capfd, home):
     message = refused(capfd, tmp_path / "out", "prepare_task", params=params)
     assert message.startswith("Error: tasks.<name>.lm_eval: lm-eval has no task 'arc_esay'; ")
     assert "arc_easy" in message and "`lm-eval ls tasks` lists those that it has" in message
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_fewshot": 3}, "num_fewshot: 3 examples are asked for, fewshot_dataset has 1; set"),
+        ({"chat_template": True}, "chat_template: this model's tokenizer has no chat template; se"),
+    ],
+)
+def test_task_settings_that_do_not_fit(other, message, evaluate, tmp_path, capfd, home):
+    data = save(tmp_path / "data", ANSWERED)
+    params = {"kind": "lm_eval", "name": "arc_easy", "version": 1} | other
+    args = (*evaluate, "--dataset", data, "--fewshot", data)
+    assert message in refused(capfd, tmp_path / "out", *args, params=params)
 
 
 def test_a_perplexity_of_too_short_a_text(stage, tmp_path, capfd):
