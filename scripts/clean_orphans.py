@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eora import cleaning, cli, status
+from eora import cleaning, cli, commands
 
 
 def main(
@@ -15,10 +15,10 @@ def main(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
 ) -> None:
     cli.setup()
-    wanted = status.load_config(config)
+    wanted = commands.load_config(config)
     results = Path(wanted["results"])
     what = "results that the config no longer names"
-    cleaning.offer(cleaning.orphans(wanted), results, yes, what)
+    commands.offer(cleaning.orphans(wanted), results, yes, what)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eora import cleaning, cli, status, store
+from eora import cleaning, cli, commands, store
 
 
 def main(
@@ -17,8 +17,8 @@ def main(
     yes: Annotated[bool, typer.Option("--yes", help="Delete them.")] = False,
 ) -> None:
     cli.setup()
-    kept = Path(status.load_config(config)["results"], store.NAME)
-    cleaning.offer(cleaning.unused(kept), kept, yes, "kept results that none uses")
+    kept = Path(commands.load_config(config)["results"], store.NAME)
+    commands.offer(cleaning.unused(kept), kept, yes, "kept results that none uses")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eora import cleaning, cli, status, store
+from eora import cleaning, cli, commands, status, store
 
 COLOURS = {
     "done": "green",
@@ -44,8 +44,8 @@ def main(
     ] = False,
 ) -> None:
     cli.setup()
-    wanted = status.load_config(config)
-    found = status.jobs(wanted, config)
+    wanted = commands.load_config(config)
+    found = status.jobs(wanted, commands.summary(config))
     if as_json:
         for job in found:
             typer.echo(json.dumps({k: v for k, v in asdict(job).items() if k != "place"}))
@@ -99,7 +99,7 @@ def show_left_over(console: Console, wanted: dict) -> None:
     if left:
         total = sum(waste.bytes for waste in left)
         console.print(
-            f"No longer named in the config: {len(left)} results, {cleaning.size(total)}"
+            f"No longer named in the config: {len(left)} results, {commands.size(total)}"
             " (make clean-orphans lists them)."
         )
     entries = list(store.entries(kept))
@@ -107,8 +107,8 @@ def show_left_over(console: Console, wanted: dict) -> None:
         unused = sum(entry.freed for entry in entries)
         console.print(
             f"Kept for restoring in {kept}: {len(entries)} results,"
-            f" {cleaning.size(sum(entry.bytes for entry in entries))}, of which"
-            f" {cleaning.size(unused)} are in no present result (make prune lists them)."
+            f" {commands.size(sum(entry.bytes for entry in entries))}, of which"
+            f" {commands.size(unused)} are in no present result (make prune lists them)."
         )
 
 

@@ -9,12 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from eora import manifest, stages, store
-from eora.config import Config, ConfigError
-
-LOCKS = Path(".snakemake/locks")
+from eora.config import Config
 
 
 @dataclass(frozen=True)
@@ -61,44 +57,6 @@ def _waste(name: str, paths: tuple[Path, ...]) -> Waste:
     stats = [file.stat() for file in files if file.is_file()]
     total = sum(stat.st_size for stat in stats)
     return Waste(name, paths, total, sum(stat.st_size for stat in stats if stat.st_nlink == 1))
-
-
-def check_idle(locks: Path = LOCKS) -> None:
-    """Refuse to delete beside a run in this folder.
-
-    Raises:
-        ConfigError: Snakemake holds its lock.
-    """
-    if locks.is_dir() and any(locks.iterdir()):
-        raise ConfigError(
-            f"a run holds {locks}: wait for its end (after a crash: snakemake --unlock)"
-        )
-
-
-def size(number: int) -> str:
-    """Bytes in words, such as 1.23GB."""
-    return tqdm.format_sizeof(number, "B", 1000)
-
-
-def offer(wastes: list[Waste], below: Path, yes: bool, what: str) -> None:
-    """Print what can be deleted, with bytes; delete it where the user said yes.
-
-    Raises:
-        ConfigError: a run is going on.
-    """
-    for waste in wastes:
-        held = "" if waste.freed else " (also in the store)"
-        print(f"{size(waste.bytes):>8}  {below / waste.name}{held}")
-    total, freed = sum(w.bytes for w in wastes), sum(w.freed for w in wastes)
-    print(f"{len(wastes)} {what}: {size(total)}; deleting them frees {size(freed)}.")
-    if freed < total:
-        print("The rest stays in the store, from where it can be restored; make prune frees it.")
-    if wastes and not yes:
-        print("Nothing was deleted: add --yes (make: ARGS=--yes) to delete them.")
-    elif wastes:
-        check_idle()
-        delete(wastes, below)
-        print("Deleted.")
 
 
 def delete(wastes: Iterable[Waste], results: Path) -> None:

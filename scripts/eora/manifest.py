@@ -53,8 +53,14 @@ def digest_of(value: Any) -> str:
 
 
 def digest(path: Path) -> str:
-    """One digest of everything that the manifest's stage made (its outputs' names and contents)."""
-    return digest_of(load(path)["outputs"])
+    """One digest of names and contents of what a stage made.
+
+    ``path`` is the stage's folder or manifest, for all of it, or a folder beside the manifest.
+    """
+    if path.name == NAME or (path / NAME).is_file():
+        return digest_of(load(path)["outputs"])
+    outputs = load(path.parent)["outputs"]
+    return digest_of({k: v for k, v in outputs.items() if k.startswith(f"{path.name}/")})
 
 
 def tensors(manifest: Manifest) -> dict[str, dict[str, Any]]:

@@ -1,28 +1,21 @@
 """What a config's results are: done, missing or stale, and because of which key.
 
-Which jobs a run would start is Snakemake's own word (``snakemake --summary``: the same graph as its
-dry run); why, is read from the manifests: they hold the parameters that each result was made with.
+Which jobs a run would start is Snakemake's own word: its summary of all outputs is of the graph
+that its dry run has. Why, is read from the manifests, which hold what each result was made with.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eora import manifest, stages
-from eora.config import Config, ConfigError, check_file, load_schema, validate, variants
+from eora.config import Config, variants
 from eora.stages import Place
-
-ROOT = Path(__file__).parents[2]
 
 # Snakemake's words for an output, and ours for why its job runs.
 _REASONS = {
@@ -31,17 +24,6 @@ _REASONS = {
     "params changed": "its parameters were changed",
     "rule implementation changed": "its rule was changed",
 }
-
-
-def load_config(path: Path) -> Config:
-    """The checked config, defaults filled in.
-
-    Raises:
-        ConfigError: it does not fit, or it is no file.
-    """
-    check_file(path)
-    schema = load_schema(ROOT / "workflow/schemas/config.schema.yaml")
-    return validate(yaml.safe_load(path.read_text()), schema)
 
 
 @dataclass
@@ -67,39 +49,25 @@ class Job:
     why: list[str] = field(default_factory=list)
 
 
-def _summary(config_file: Path) -> Iterator[dict[str, str]]:
-    """Snakemake's table of all outputs: output_file, rule, input-file(s), status, plan."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--configfile", str(config_file), "--cores", "1", "--nolock", "--detailed-summary"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"snakemake could not build the graph:\n{done.stderr.strip()}")
-    lines = done.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("output_file\t"))
-    yield from csv.DictReader(lines[start:], delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def jobs(config: Config, config_file: Path) -> list[Job]:
+def jobs(config: Config, outputs: Iterable[dict[str, str]]) -> list[Job]:
     """All jobs of the config's graph, in no order.
 
-    Raises:
-        ConfigError: Snakemake cannot build the graph; with its message.
+    Args:
+        config: the checked config.
+        outputs: Snakemake's detailed summary: for each output file, among others, output_file,
+            rule, input-file(s), status and plan.
     """
     results = Path(config["results"])
-    outputs = defaultdict(list)
-    for row in _summary(config_file):
+    rows = defaultdict(list)
+    for row in outputs:
         path = Path(row["output_file"]).relative_to(results)
-        place = None
-        for folder in path.parents:
-            place = stages.place_of(folder.as_posix())
-            if place is not None and place.stage == row["rule"]:
-                break
-            place = None
+        found = (stages.place_of(folder.as_posix()) for folder in path.parents)
+        place = next((p for p in found if p is not None and p.stage == row["rule"]), None)
         where = place.folder if place is not None else path.parent.as_posix()
-        outputs[row["rule"], where, place].append(row)
+        rows[row["rule"], where, place].append(row)
     return [
-        _job(config, results, rule, folder, place, rows)
-        for (rule, folder, place), rows in outputs.items()
+        _job(config, results, rule, folder, place, some)
+        for (rule, folder, place), some in rows.items()
     ]
 
 

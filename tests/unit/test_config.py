@@ -483,7 +483,7 @@ def test_defaults_are_filled_in_at_every_level():
     }
     assert filled["tasks"]["p"]["window"] == 2048
     assert filled["covariance"] == {"shards": 1}
-    assert filled["runtime"] == {"device": "auto", "batch_size": 8, "threads": 0}
+    assert filled["runtime"] == {"device": "auto", "batch_size": 8, "threads": 0, "store": True}
 
 
 def test_sections_may_be_left_out():

@@ -22,11 +22,10 @@ def adapter(pipeline, bits):
 
 
 def test_summary_has_every_combination(pipeline):
-    variants = {"original"} | {
-        f"{c}{a}" for c in ("w2", "w4") for a in ("", "+eora-r8-16bit", "+eora-r8-4bit")
-    }
-    assert {(r["variant"], r["task"]) for r in rows(pipeline)} == {
-        (v, t) for v in variants for t in ("choice", "text")
+    adapters = ("", *(f"+eora-r{rank}-{bits}bit" for rank in (4, 8) for bits in (16, 4)))
+    variants = {"original"} | {f"{c}{a}" for c in ("w2", "w4") for a in adapters}
+    assert {(r["model"], r["variant"], r["task"]) for r in rows(pipeline)} == {
+        (m, v, t) for m in ("tiny", "twin") for v in variants for t in ("choice", "text")
     }
     assert all(float(r["value"]) == float(r["value"]) for r in rows(pipeline))
 
