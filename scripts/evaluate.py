@@ -53,7 +53,8 @@ def main(
         params=vars(spec),
         inputs={
             "model": model,
-            "adapter": adapter,
+            # Whatever rank its curve of errors goes to.
+            "adapter": None if adapter is None else adapter / "adapter",
             "task": task,
             "dataset": dataset,
             "fewshot": fewshot,

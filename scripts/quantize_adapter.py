@@ -30,7 +30,7 @@ def main(
         out,
         stage="quantize_adapter",
         params=vars(spec),
-        inputs={"adapter": adapter},
+        inputs={"adapter": adapter / "adapter"},  # whatever rank its curve of errors goes to
         tools=("compressed-tensors", "torch"),
         kept=store,
     )

@@ -26,7 +26,7 @@ class Result:
         out: the stage's output folder; what an earlier run left in it under the same names goes.
         stage: the stage's name.
         params: everything of the config that changes the result, with the stage's ``version``.
-        inputs: name -> manifest (file or folder) of what the result is made from; None is left out.
+        inputs: name -> what the result is made from (see :func:`manifest.digest`), or None.
         tools: installed packages whose versions are recorded.
         volatile: top-level names left out of the manifest: measurements, which differ each time.
         passing: top-level names left out of manifest and store: files that a later stage deletes.

@@ -72,3 +72,15 @@ def test_inputs_are_recorded_by_what_they_hold(tmp_path):
     assert first == manifest.digest(tmp_path / "in")
     make(tmp_path / "in", "y")
     assert first != manifest.digest(tmp_path / "in")
+
+
+def test_an_input_may_be_one_folder_of_a_result(tmp_path):
+    make(tmp_path / "in")
+    before = manifest.digest(tmp_path / "in" / "data")
+    with Result(tmp_path / "in", "s", {"version": 1}).publish() as out:
+        (out / "data").mkdir()
+        (out / "data" / "file.txt").write_text("x")
+        (out / "beside.txt").write_text("new")
+    assert manifest.digest(tmp_path / "in" / "data") == before
+    make(tmp_path / "in", "y")
+    assert manifest.digest(tmp_path / "in" / "data") != before
