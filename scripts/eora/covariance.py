@@ -157,16 +157,15 @@ def save_moments(path: Path, block: BlockMoments) -> None:
     """
     tensors = {name: moment.mean().cpu().contiguous() for name, moment in block.moments.items()}
     tokens = {name: moment.tokens for name, moment in block.moments.items()}
-    metadata = {"shared": block.shared, "tokens": tokens}
-    save_file(
-        tensors, path, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    )
+    # One entry: safetensors writes several in an order that changes from process to process.
+    inputs = json.dumps({"shared": block.shared, "tokens": tokens}, sort_keys=True)
+    save_file(tensors, path, {"inputs": inputs})
 
 
 def load_moments(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What :func:`save_moments` wrote: layer -> leader, and leader -> C (in, in) float32."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["shared"]), {
+        return json.loads(file.metadata()["inputs"])["shared"], {
             name: file.get_tensor(name)
             for name in file.keys()  # noqa: SIM118
         }

@@ -202,12 +202,15 @@ def harness(
             )
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     output = evaluator.simple_evaluate(
         wrapped,
         # A group brings its members; they must not be named again.
         tasks=[task["groups"].get(name) or task["tasks"][name]],
+        # It is loaded; without this all of lm-eval's tasks would be indexed to find it.
+        task_manager=TaskManager(include_defaults=False),
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat_template,

@@ -36,27 +36,19 @@ COMPRESS_KEYS = (
 LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
 
 
-def local_files(entry: Config) -> list[Path]:
-    """The files of a local source; none for the others."""
-    if "path" not in entry:
-        return []
-    path = Path(entry["path"]).expanduser()
-    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-
-
 @cache
 def fingerprint(path: Path, samples: int = 64, block: int = 1 << 16) -> str:
-    """Digest of a file's size and content; of large files, of blocks spread evenly over it.
+    """Digest of a file's content; of large files, of size, time stamp and blocks spread over it.
 
-    So a changed file is seen whatever its time stamp says, before any job runs and without reading
-    a model's gigabytes.
+    So a changed file is seen before any job runs and without reading a model's gigabytes; a small
+    one whatever its time stamp says.
     """
-    size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= samples * block:
+        if (size := path.stat().st_size) <= samples * block:
             found.update(file.read())
         else:
+            found.update(f"{size} {path.stat().st_mtime_ns}".encode())
             for i in range(samples):
                 file.seek(i * (size - block) // (samples - 1))
                 found.update(file.read(block))
@@ -67,8 +59,10 @@ def _source(entry: Config, keys: tuple[str, ...]) -> Params:
     """Tracked part of a source. A local path is tracked by its files, not by where it lies."""
     picked = pick(entry, keys)
     if "path" in picked:
-        picked["path"] = Path(picked["path"]).name
-        picked["files"] = {path.name: fingerprint(path) for path in local_files(entry)}
+        path = Path(picked["path"]).expanduser()
+        files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+        picked["path"] = path.name
+        picked["files"] = {file.name: fingerprint(file) for file in files}
     return picked
 
 

@@ -34,7 +34,8 @@ def test_results_hold_what_is_needed_to_judge_them(pipeline):
     for path in pipeline.results.glob("evaluations/*/*/*/results.json"):
         result = json.loads(path.read_text())
         metric = result["metrics"][result["primary"]]
-        assert metric["stderr"] > 0
+        # Six questions may all be answered alike.
+        assert metric["stderr"] > 0 or path.parent.name == "choice" and metric["stderr"] == 0
         assert result["samples"] == {"choice": 6, "text": 4}[path.parent.name]
         assert result["seconds"] > 0 and result["peak_memory_bytes"] > 1e6
         assert {"lm_eval", "torch"} <= set(result["versions"])

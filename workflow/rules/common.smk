@@ -69,11 +69,6 @@ def kept():
     return lambda wc, input: options
 
 
-def local_files(entry):
-    """The files of a local source, so that a change in one is seen; none for other sources."""
-    return [str(path) for path in stages.local_files(entry)]
-
-
 def path_option(entry):
     """The script's argument for a local source."""
     return ["--path", str(Path(entry["path"]).expanduser())] if "path" in entry else []

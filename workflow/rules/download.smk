@@ -11,8 +11,6 @@ localrules:
 
 rule download_model:
     """Fetch a model as a plain safetensors folder; GGUF is converted."""
-    input:
-        lambda wc: local_files(config["models"][wc.model]),
     output:
         manifest=made("models/{model}"),
         model=directory(f"{RESULTS}/models/{{model}}/model"),
@@ -39,8 +37,6 @@ rule download_model:
 
 rule download_dataset:
     """Fetch a data set, or the rows of it that the config takes."""
-    input:
-        lambda wc: local_files(config["datasets"][wc.dataset]),
     output:
         manifest=made("datasets/{dataset}"),
         data=directory(f"{RESULTS}/datasets/{{dataset}}/data"),
