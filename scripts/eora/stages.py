@@ -145,7 +145,7 @@ class Stage:
         folder: its results' folder below the results folder, with its wildcards.
         version: raised when the stage's algorithm changes: its results and what follows are remade.
         keys: (config, wildcards by name) -> what of the config changes its result.
-        product: the folder beside its manifest that the user is after, if it is not only a step.
+        product: what lies beside its manifest that the user is after, if it is not only a step.
     """
 
     folder: str
@@ -173,7 +173,7 @@ STAGES = {
         _quantize_adapter,
         "adapter",
     ),
-    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate),
+    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate, "results.json"),
 }
 REPORT_VERSION = 1
 

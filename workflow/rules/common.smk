@@ -155,11 +155,10 @@ def judged():
 def wanted():
     """Files that are made again when they are lost: manifests, and what the user is after.
 
-    Evaluations are not among them: the report asks for each of theirs.
+    Of evaluations, which are many, the results alone: nothing is made from their manifests.
     """
-    places = [place for place in ASKED if place.stage != "evaluate"]
-    products = [f"{RESULTS}/{place.folder}/{place.product}" for place in places if place.product]
-    return [made(place.folder) for place in places] + products
+    products = [f"{RESULTS}/{place.folder}/{place.product}" for place in ASKED if place.product]
+    return products + [made(place.folder) for place in ASKED if place.stage != "evaluate"]
 
 
 def weighed():
