@@ -36,15 +36,18 @@ def decompose_block(
     """
     shared, second_moments = covariance.load_moments(moments / covariance.block_file(index))
     tensors: dict[str, Tensor] = {}
+    leader, metric = "", None  # layers that read the same input follow each other and share it
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)
         for name, layer in linear_layers(exact).items():
-            error = dense_weight(layer).double() - dense_weight(approximate[name]).double()
-            moment = second_moments[shared[name]].to(error.device)
-            factors = solver.decompose(error, moment, max_rank, method)
+            error = dense_weight(layer).float() - dense_weight(approximate[name]).float()
+            if shared[name] != leader:
+                leader = shared[name]
+                metric = solver.Metric(second_moments[leader].to(error.device), method)
+            factors = solver.decompose(error, metric, max_rank)
             full = f"{original.name(index)}.{name}"
-            tensors[f"{full}.lora_A"] = factors.lora_A.float().cpu().contiguous()
-            tensors[f"{full}.lora_B"] = factors.lora_B.float().cpu().contiguous()
+            tensors[f"{full}.lora_A"] = factors.lora_A.cpu().contiguous()
+            tensors[f"{full}.lora_B"] = factors.lora_B.cpu().contiguous()
             tensors[f"{full}.residual"] = factors.residual.cpu()
     save_file(tensors, out / covariance.block_file(index))
 

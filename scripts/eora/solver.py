@@ -13,13 +13,18 @@ first r columns/rows of any larger one.
 
 Where out > in the same U comes from the in-side: with ``C = S S^T`` and the right singular vectors
 V of ``D S``, ``U = D S V / sigma``. So no eigenproblem is larger than min(out, in).
+
+The large products take the error's own precision (float32 for stored weights); what is left of the
+problem after them, min(out, in) wide, is solved in float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -27,15 +32,17 @@ Method = Literal["eora", "diagonal", "svd"]
 
 # Directions whose share of the largest eigenvalue is below this are rounding noise in float64.
 _NOISE = 1e-12
+# Added to a second moment's diagonal, relative to it, for its Cholesky factor.
+_JITTER = 1e-12
 
 
 @dataclass(frozen=True)
 class Factors:
     """Nested factors of one layer.
 
-    lora_A: (R, in) float64; lora_B: (out, R) float64, R = min(max_rank, out, in). Column i of
-        lora_B and row i of lora_A have equal norms, so that neither under- nor overflows in 16 or
-        4 bits. ``lora_B[:, :r] @ lora_A[:r]`` is the optimum at rank r.
+    lora_A: (R, in); lora_B: (out, R), R = min(max_rank, out, in), float32 or what the error is in.
+        Column i of lora_B and row i of lora_A have equal norms, so that neither under- nor
+        overflows in 16 or 4 bits. ``lora_B[:, :r] @ lora_A[:r]`` is the optimum at rank r.
     residual: (R + 1,) float64; entry r is the objective left at rank r (entry 0: without adapter).
     """
 
@@ -44,82 +51,163 @@ class Factors:
     residual: Tensor
 
 
-def metric(second_moment: Tensor, method: Method) -> Tensor:
-    """The matrix C that a method minimises in: (in, in) float64.
+def _blocks(size: int) -> list[slice]:
+    step = max(256, -(-size // 8))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
-    ``eora`` takes the second moment itself, ``diagonal`` its diagonal alone (LQER, ACT-S), and
-    ``svd`` the identity (plain SVD of the error, ZeroQuant-V2).
+
+def _symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """left (n, k) @ right (k, n), known to be symmetric: the lower triangle is multiplied."""
+    product = left.new_empty(len(left), len(left))
+    for rows in _blocks(len(left)):
+        product[rows, : rows.stop] = left[rows] @ right[:, : rows.stop]
+        product[: rows.start, rows] = product[rows, : rows.start].T
+    return product
+
+
+def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
+    """left (m, n) @ lower (n, n), whose upper triangle is zero and not multiplied."""
+    product = torch.empty_like(left)
+    for columns in _blocks(len(lower)):
+        product[:, columns] = left[:, columns.start :] @ lower[columns.start :, columns]
+    return product
+
+
+def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
+    """left (m, n) @ T, where the symmetric ``matrix`` (n, n) is T + T^T and T lower-triangular."""
+    product = torch.empty_like(left)
+    for columns in _blocks(len(matrix)):
+        corner = matrix[columns, columns].tril()
+        corner.diagonal().div_(2)
+        torch.matmul(left[:, columns], corner, out=product[:, columns])
+        product[:, columns] += left[:, columns.stop :] @ matrix[columns.stop :, columns]
+    return product
+
+
+class Metric:
+    """What a method measures errors by: C, as scales and correlations. Shared by all layers that
+    read the same input.
+
+    Args:
+        second_moment: (in, in), E[x x^T]; symmetric, positive semidefinite, of any rank.
+        method: ``eora`` measures by the second moment itself, ``diagonal`` by its diagonal alone
+            (LQER, ACT-S), ``svd`` by the identity (plain SVD of the error, ZeroQuant-V2).
+
+    Raises:
+        ValueError: not square, not finite, or an unknown method.
     """
-    moment = second_moment.double()
-    if method == "eora":
-        return (moment + moment.T) / 2
-    if method == "diagonal":
-        return torch.diag(moment.diagonal().clamp(min=0))
-    if method == "svd":
-        return torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    raise ValueError(f"unknown method {method!r}: eora, diagonal or svd")
+
+    def __init__(self, second_moment: Tensor, method: Method):
+        if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
+            raise ValueError(f"a second moment is square, got {tuple(second_moment.shape)}")
+        if not torch.isfinite(second_moment).all():
+            raise ValueError("the second moment holds values that are not finite")
+        if method not in ("eora", "diagonal", "svd"):
+            raise ValueError(f"unknown method {method!r}: eora, diagonal or svd")
+        self.method = method
+        self.moment = second_moment
+        self.channels = second_moment.diagonal().double().clamp(min=0)
+        if method == "svd":
+            self.channels = torch.ones_like(self.channels)
+        # Scaling C scales the objective and nothing else; near 1 no product can under- or overflow.
+        self.unit = self.channels.mean().item() or 1.0
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Lower-triangular S (in, in) float64 with S S^T = C / unit, whatever C's rank."""
+        lower = self.moment.tril().double().div_(self.unit)  # all that the next two read
+        regular = lower.clone()
+        regular.diagonal().mul_(1 + _JITTER).add_(_JITTER**2)
+        found, failed = torch.linalg.cholesky_ex(regular)
+        if not failed:
+            found[self.channels == 0] = 0  # never seen
+            return found
+        values, vectors = torch.linalg.eigh(lower)
+        return torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).T, mode="r").R.T.contiguous()
 
 
-def square_root(matrix: Tensor) -> Tensor:
-    """S (n, n) with S S^T equal to the positive semidefinite ``matrix`` (n, n); any rank."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt()
+def _outer(error: Tensor, metric: Metric) -> Tensor:
+    """M = D C D^T / unit (out, out)."""
+    if metric.method != "eora":
+        scaled = error * (metric.channels / metric.unit).sqrt().to(error.dtype)
+        return _symmetric(scaled, scaled.T)
+    scaled = error / metric.unit**0.5
+    product = _times_half(scaled, metric.moment.to(error.dtype)) @ scaled.T
+    return product.add_(product.T.clone())
 
 
-def _top(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The ``rank`` largest eigenvalues of ``gram``, descending and >= 0, with eigenvectors."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values[-rank:].flip(0).clamp(min=0), vectors[:, -rank:].flip(1)
+def _inner(error: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """S^T D^T D S (in, in), and the S of C / unit: lower-triangular; (in, 1) if C is diagonal."""
+    if metric.method != "eora":
+        root = (metric.channels / metric.unit).sqrt()[:, None]
+        scaled = error * root[:, 0].to(error.dtype)
+        return _symmetric(scaled.T, scaled), root
+    root = metric.root.to(error.dtype)
+    gram = _symmetric(error.T, error)
+    right = _times_lower(gram, root)
+    for rows in _blocks(len(gram)):
+        below = slice(rows.start, None)
+        gram[rows, : rows.stop] = root[below, rows].T @ right[below, : rows.stop]
+        gram[: rows.start, rows] = gram[rows, : rows.start].T
+    return gram, metric.root
 
 
-def decompose(error: Tensor, second_moment: Tensor, max_rank: int, method: Method) -> Factors:
-    """Nested factors that minimise the method's objective at every rank up to ``max_rank``.
+def _top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The ``rank`` largest eigenvalues of ``matrix``, descending and >= 0, with eigenvectors."""
+    if matrix.is_cuda or len(matrix) < 1000 or rank > len(matrix) // 2:
+        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = values[-rank:], vectors[:, -rank:]
+    else:  # LAPACK computes the vectors that are wanted, where torch has all of them or none
+        wanted = (len(matrix) - rank, len(matrix) - 1)
+        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=wanted, check_finite=False)
+        values, vectors = map(torch.from_numpy, found)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
+    """Nested factors that minimise the metric's objective at every rank up to ``max_rank``.
 
     Args:
         error: (out, in), W - W_hat, any float dtype.
-        second_moment: (in, in), E[x x^T]; may be rank-deficient or zero.
+        metric: what errors are measured by, on the error's device.
         max_rank: at least 1; capped at min(out, in), where the error is repaired whole.
-        method: which metric to minimise in, see :func:`metric`.
 
     Returns:
-        Factors in float64. All-zero directions (no error, or inputs never seen) give zero factors.
+        Factors; all-zero directions (no error, or inputs never seen) are zero.
 
     Raises:
         ValueError: shapes that do not fit, ``max_rank`` < 1, or values that are not finite.
     """
     out_features, in_features = error.shape
-    if second_moment.shape != (in_features, in_features):
+    if len(metric.channels) != in_features:
         raise ValueError(
-            f"second moment {tuple(second_moment.shape)} does not fit error {tuple(error.shape)}"
+            f"a metric of {len(metric.channels)} inputs does not fit an error of "
+            f"{out_features} x {in_features}"
         )
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-    error = error.double()
-    if not (torch.isfinite(error).all() and torch.isfinite(second_moment).all()):
-        raise ValueError("the error or the second moment holds values that are not finite")
-    c = metric(second_moment, method)
-    # Scaling C scales the objective and nothing else; near 1 no product can under- or overflow.
-    scale = c.diagonal().mean().item() or 1.0
-    c = c / scale
+    if not torch.isfinite(error).all():
+        raise ValueError("the error holds values that are not finite")
+    error = error.to(torch.promote_types(error.dtype, torch.float32))
     rank = min(max_rank, out_features, in_features)
-
     if out_features <= in_features:
-        objective = error @ c @ error.T
+        objective = _outer(error, metric).double()
         values, u = _top(objective, rank)
-        total = objective.trace()
     else:
-        scaled_error = error @ square_root(c)
-        gram = scaled_error.T @ scaled_error
-        values, v = _top(gram, rank)
-        u = scaled_error @ v / values.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        total = gram.trace()
+        gram, root = _inner(error, metric)
+        objective = gram.double()
+        values, v = _top(objective, rank)
+        seen = root @ v if root.shape[1] > 1 else root * v
+        # D S v / sigma, orthonormal but for rounding; QR makes it so and keeps the order.
+        u = torch.linalg.qr(error.double() @ seen).Q
+    total = objective.trace()
 
     noise = values <= _NOISE * values[:1]
     values = values.masked_fill(noise, 0)
-    u = u.masked_fill(noise, 0)
+    u = u.masked_fill(noise, 0).to(error.dtype)
     a = u.T @ error
     balance = a.norm(dim=1).sqrt()
-    residual = torch.cat([total[None], total - values.cumsum(0)]).clamp(min=0) * scale
+    residual = torch.cat([total[None], total - values.cumsum(0)]).clamp(min=0) * metric.unit
     return Factors(
         lora_A=torch.where(balance[:, None] > 0, a / balance[:, None], 0.0),
         lora_B=u * balance,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from eora import solver
 
-SHAPES = [(12, 30), (30, 12), (16, 16)]
+# The last two are multiplied in several blocks.
+SHAPES = [(12, 30), (30, 12), (16, 16), (300, 560), (560, 300)]
 
 
 def problem(out, features, tokens, seed=0, scale=1.0):
@@ -38,16 +39,16 @@ def product(factors, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 5, 12])
 def test_agrees_with_the_textbook_form(shape, rank):
-    error, moment = problem(*shape, tokens=200)
-    ours = product(solver.decompose(error, moment, 12, "eora"), rank)
+    error, moment = problem(*shape, tokens=600)
+    ours = product(solver.decompose(error, solver.Metric(moment, "eora"), 12), rank)
     theirs = textbook(error, moment, rank)
     assert torch.linalg.norm(ours - theirs) <= 1e-9 * torch.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_residual_curve_is_the_objective_at_every_rank(shape):
-    error, moment = problem(*shape, tokens=200)
-    factors = solver.decompose(error, moment, 10, "eora")
+    error, moment = problem(*shape, tokens=600)
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), 10)
     left = [objective(error, product(factors, r), moment).item() for r in range(11)]
     assert factors.residual.tolist() == pytest.approx(left, rel=1e-9)
     assert (factors.residual.diff() <= 0).all()
@@ -55,8 +56,8 @@ def test_residual_curve_is_the_objective_at_every_rank(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ranks_nest(shape):
-    error, moment = problem(*shape, tokens=200)
-    large, small = (solver.decompose(error, moment, r, "eora") for r in (10, 4))
+    error, moment = problem(*shape, tokens=600)
+    large, small = (solver.decompose(error, solver.Metric(moment, "eora"), r) for r in (10, 4))
     torch.testing.assert_close(product(large, 4), product(small, 4), rtol=1e-9, atol=1e-12)
 
 
@@ -64,55 +65,56 @@ def test_ranks_nest(shape):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_rank_deficient_second_moment_does_no_harm(shape, tokens):
     error, moment = problem(*shape, tokens=tokens)
-    factors = solver.decompose(error, moment, 12, "eora")
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), 12)
     assert torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()
     # Inputs span only `tokens` directions, so that many ranks repair all that can be seen.
     assert objective(error, product(factors, tokens), moment) <= 1e-12 * factors.residual[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_of_the_second_moment_does_not_matter(shape, scale):
-    error, moment = problem(*shape, tokens=200)
-    plain = solver.decompose(error, moment, 6, "eora")
-    scaled = solver.decompose(error, moment * scale, 6, "eora")
+    error, moment = problem(*shape, tokens=600)
+    plain = solver.decompose(error, solver.Metric(moment, "eora"), 6)
+    scaled = solver.decompose(error, solver.Metric(moment * scale, "eora"), 6)
     torch.testing.assert_close(product(scaled, 6), product(plain, 6), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(scaled.residual, plain.residual * scale, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_to_repair_gives_zero_factors(shape):
-    error, moment = problem(*shape, tokens=200)
+    error, moment = problem(*shape, tokens=600)
     for e, c in ((torch.zeros_like(error), moment), (error, torch.zeros_like(moment))):
-        factors = solver.decompose(e, c, 4, "eora")
+        factors = solver.decompose(e, solver.Metric(c, "eora"), 4)
         assert not factors.lora_A.any() and not factors.lora_B.any() and not factors.residual.any()
 
 
 def test_dead_channels_get_no_weight():
     error, moment = problem(10, 20, tokens=100)
     moment[3], moment[:, 3] = 0, 0
-    factors = solver.decompose(error, moment, 10, "eora")
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), 10)
     assert objective(error, product(factors, 10), moment) <= 1e-12 * factors.residual[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_factors_are_balanced(shape):
-    factors = solver.decompose(*problem(*shape, tokens=200), 8, "eora")
+    error, moment = problem(*shape, tokens=600)
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), 8)
     torch.testing.assert_close(factors.lora_A.norm(dim=1), factors.lora_B.norm(dim=0))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svd_is_the_best_product_of_the_error_itself(shape):
-    error, moment = problem(*shape, tokens=200)
-    factors = solver.decompose(error, moment, 3, "svd")
+    error, moment = problem(*shape, tokens=600)
+    factors = solver.decompose(error, solver.Metric(moment, "svd"), 3)
     u, s, vh = torch.linalg.svd(error, full_matrices=False)
     torch.testing.assert_close(product(factors, 3), (u[:, :3] * s[:3]) @ vh[:3])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_diagonal_is_the_best_product_in_scaled_inputs(shape):
-    error, moment = problem(*shape, tokens=200)
-    factors = solver.decompose(error, moment, 3, "diagonal")
+    error, moment = problem(*shape, tokens=600)
+    factors = solver.decompose(error, solver.Metric(moment, "diagonal"), 3)
     scale = moment.diagonal().sqrt()
     u, s, vh = torch.linalg.svd(error * scale, full_matrices=False)
     torch.testing.assert_close(product(factors, 3), (u[:, :3] * s[:3]) @ vh[:3] / scale)
@@ -128,7 +130,7 @@ def test_diagonal_is_the_best_product_in_scaled_inputs(shape):
 )
 def test_no_other_product_of_that_rank_is_better(out, features, tokens, rank, seed):
     error, moment = problem(out, features, tokens, seed)
-    factors = solver.decompose(error, moment, rank, "eora")
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), rank)
     best = objective(error, product(factors, rank), moment)
     generator = torch.Generator().manual_seed(seed)
     for size in (1e-3, 1e-1):
@@ -139,13 +141,60 @@ def test_no_other_product_of_that_rank_is_better(out, features, tokens, rank, se
         assert best <= objective(error, b @ a, moment) + 1e-9 * factors.residual[0]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(40, 24), (24, 40), (32, 32), (300, 530), (530, 300)]),
+    tokens=st.sampled_from([1, 7, 400]),
+    spread=st.floats(0, 3),
+    outlier=st.sampled_from([1.0, 1e2, 1e4]),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    dead=st.booleans(),
+    rank=st.integers(1, 24),
+    seed=st.integers(0, 10_000),
+)
+def test_stored_precision_is_no_worse_than_the_textbook_in_float64(
+    shape, tokens, spread, outlier, scale, dead, rank, seed
+):
+    """Weights and moments as they are on disk, in float32, of channels of very different scale."""
+    error, moment = problem(*shape, tokens, seed)
+    channels = torch.logspace(0, spread, shape[1], dtype=torch.float64)
+    channels[0] *= outlier
+    if dead:
+        channels[-3:] = 0
+    moment = (moment * channels * channels[:, None] / moment.diagonal().mean()).float()
+    error = error.float()
+    factors = solver.decompose(error, solver.Metric(moment * scale, "eora"), rank)
+    assert torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()
+    exact = moment.double()
+    values, q = torch.linalg.eigh((exact + exact.T) / 2)
+    projection = q * values.clamp(min=0).sqrt()
+    spectrum = torch.linalg.svdvals(error.double() @ projection).square()
+    best, whole = spectrum[rank:].sum(), spectrum.sum()
+    rest = (error.double() - product(factors, rank).double()) @ projection
+    # Where next to nothing is left, it is the rounding of the stored moment itself.
+    assert rest.square().sum() <= best * (1 + 1e-6) + torch.finfo(torch.float32).eps * whole
+    assert factors.residual[0].item() == pytest.approx(whole.item() * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_directions_are_orthonormal_beside_a_channel_that_is_far_larger(shape):
+    """Else the residual curve, which counts on it, would tell less than is left."""
+    error, moment = problem(*shape, tokens=600)
+    moment[0] *= 1e4
+    moment[:, 0] *= 1e4
+    factors = solver.decompose(error.float(), solver.Metric(moment.float(), "eora"), 10)
+    u = factors.lora_B.double()
+    u = u / u.norm(dim=0)
+    torch.testing.assert_close(u.T @ u, torch.eye(10, dtype=u.dtype), rtol=0, atol=1e-5)
+
+
 def test_bad_input_is_refused():
     error, moment = problem(4, 6, tokens=20)
     with pytest.raises(ValueError, match="does not fit"):
-        solver.decompose(error.T, moment, 2, "eora")
+        solver.decompose(error.T, solver.Metric(moment, "eora"), 2)
     with pytest.raises(ValueError, match="max_rank"):
-        solver.decompose(error, moment, 0, "eora")
+        solver.decompose(error, solver.Metric(moment, "eora"), 0)
     with pytest.raises(ValueError, match="unknown method"):
-        solver.decompose(error, moment, 2, "lora")
+        solver.decompose(error, solver.Metric(moment, "lora"), 2)
     with pytest.raises(ValueError, match="not finite"):
-        solver.decompose(error * float("nan"), moment, 2, "eora")
+        solver.decompose(error * float("nan"), solver.Metric(moment, "eora"), 2)
