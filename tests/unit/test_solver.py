@@ -147,7 +147,7 @@ def test_no_other_product_of_that_rank_is_better(out, features, tokens, rank, se
     tokens=st.sampled_from([1, 7, 400]),
     spread=st.floats(0, 3),
     outlier=st.sampled_from([1.0, 1e2, 1e4]),
-    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    scale=st.sampled_from([1e-20, 1.0, 1e20]),  # within float32
     dead=st.booleans(),
     rank=st.integers(1, 24),
     seed=st.integers(0, 10_000),
@@ -177,11 +177,11 @@ def test_stored_precision_is_no_worse_than_the_textbook_in_float64(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_directions_are_orthonormal_beside_a_channel_that_is_far_larger(shape):
+def test_directions_are_orthonormal_beside_one_that_is_far_larger(shape):
     """Else the residual curve, which counts on it, would tell less than is left."""
     error, moment = problem(*shape, tokens=600)
-    moment[0] *= 1e4
-    moment[:, 0] *= 1e4
+    large = torch.linspace(-1, 1, shape[1], dtype=moment.dtype)
+    moment += 1e5 * moment.diagonal().mean() * large * large[:, None]
     factors = solver.decompose(error.float(), solver.Metric(moment.float(), "eora"), 10)
     u = factors.lora_B.double()
     u = u / u.norm(dim=0)
