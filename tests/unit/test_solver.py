@@ -141,7 +141,7 @@ def test_no_other_product_of_that_rank_is_better(out, features, tokens, rank, se
         assert best <= objective(error, b @ a, moment) + 1e-9 * factors.residual[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     shape=st.sampled_from([(40, 24), (24, 40), (32, 32), (300, 530), (530, 300)]),
     tokens=st.sampled_from([1, 7, 400]),
