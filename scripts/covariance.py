@@ -1,5 +1,6 @@
 """Collect the second moments of one shard of decoder blocks, from the original model."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +14,13 @@ from eora.result import Result
 
 @dataclass
 class Params:
-    """Keys: shard and shards (this is shard k of K, of blocks kL/K to (k+1)L/K); version."""
+    """Keys: shard and shards (this is shard k of K, of blocks kL/K to (k+1)L/K); tf32
+    (a GPU may round float32 inputs of products to 10 bits); version."""
 
     shard: int
     shards: int
     version: int
+    tf32: bool = False
     trust_remote_code: bool = False
 
 
@@ -58,6 +61,7 @@ def main(
     from eora import covariance, streaming
 
     where = cli.device(device)
+    torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     with result.publish() as folder:
         stream = streaming.BlockStream(
             model / "model",
@@ -70,20 +74,20 @@ def main(
         data = load_file(tokens / "tokens.safetensors")
         batches = covariance.batches(data["input_ids"], data["lengths"], batch_size)
         given = {} if hidden is None else load_file(hidden)
-        before = covariance.rebatch(given["hidden"], batches) if given else None
         moments = folder / "moments"
         moments.mkdir()
-        after = covariance.run_shard(
-            stream,
-            blocks,
-            batches,
-            before,
-            lambda i, block: covariance.save_moments(moments / covariance.block_file(i), block),
-            lambda indices: tqdm(indices, desc="blocks", unit="block"),
-        )
-        last = blocks.stop == len(stream)
-        states = covariance.flatten([] if last else after, data["input_ids"].shape[1])
-        save_file({"hidden": states}, folder / handed_on)
+        with tempfile.TemporaryDirectory(dir=folder) as spill:
+            after = covariance.run_shard(
+                stream,
+                blocks,
+                batches,
+                given.get("hidden"),
+                Path(spill),
+                lambda i, block: covariance.save_moments(moments / covariance.block_file(i), block),
+                lambda indices: tqdm(indices, desc="blocks", unit="block"),
+            )
+            last = blocks.stop == len(stream)
+            save_file({} if last else {"hidden": after}, folder / handed_on)
 
 
 if __name__ == "__main__":

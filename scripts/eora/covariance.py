@@ -1,7 +1,7 @@
 """Second moments C = E[x x^T] of every decoder linear layer's input, one block at a time.
 
-C is a plain sum of x x^T over real tokens divided by their number: padding is masked out, the sum
-is carried in float64 across batches, and older batches weigh as much as newer ones. The result
+C is a plain sum of x x^T over real tokens divided by their number: padding is never multiplied, the
+sum is carried in float64 across batches, and older batches weigh as much as newer ones. The result
 does not depend on batch size or order beyond float rounding.
 """
 
@@ -13,35 +13,109 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from eora import triangles
 from eora.streaming import BlockStream, linear_layers
 
-Batch = tuple[Tensor, Tensor | None]  # input_ids (batch, seq), attention_mask or None
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left (m, tokens) @ right (tokens, n) in float32, added in float32.
+
+    A product of two 16-bit numbers is exact in float32: a GPU takes them as they are, at the speed
+    of its 16-bit units. A CPU has no such kernel.
+    """
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 class SecondMoment:
-    """Running sum of x x^T over tokens: float64 (in, in) on the inputs' device."""
+    """Running sum of x x^T over tokens: the lower triangle in float64, on the inputs' device."""
 
     def __init__(self) -> None:
-        self.sum: Tensor | None = None
+        self.blocks: list[Tensor] = []  # of rows, see eora.triangles
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Add tokens x (tokens, in). The product is float32, its addition float64."""
-        x = x.float()
-        product = (x.T @ x).double()
-        self.sum = product if self.sum is None else self.sum.add_(product)
+        """Add tokens x (tokens, in). Products are float32, their addition float64."""
+        cuts = triangles.row_blocks(x.shape[1])
+        if not self.blocks:
+            empty = x.new_zeros(0, dtype=torch.float64)
+            self.blocks = [empty.new_zeros(c.stop - c.start, c.stop) for c in cuts]
+        for cut, block in zip(cuts, self.blocks, strict=True):
+            block += _product(x.T[cut], x[:, : cut.stop])
         self.tokens += len(x)
 
     def mean(self) -> Tensor:
-        """C (in, in) float32: the sum over real tokens divided by their number."""
-        if self.sum is None or self.tokens == 0:
+        """C, packed (in (in + 1) / 2,) float32: the sum over real tokens divided by their number.
+
+        Raises:
+            ValueError: no token was added.
+        """
+        if not self.tokens:
             raise ValueError("no token was added")
-        return (self.sum / self.tokens).float()
+        return triangles.pack([(block / self.tokens).float() for block in self.blocks])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that run together, padded on the right to the longest.
+
+    They need no attention mask: in a causal model no real token looks at what is to its right.
+
+    Attributes:
+        input_ids: (batch, longest) int64.
+        real: (batch, longest) bool, where tokens are real; None where nothing is padded.
+        rows: the batch's real tokens among those of all batches.
+    """
+
+    input_ids: Tensor
+    real: Tensor | None
+    rows: slice
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, longest, n) -> the real tokens' (tokens, n)."""
+        return x.flatten(0, 1) if self.real is None else x[self.real.to(x.device)]
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`, with zeros for padding."""
+        if self.real is None:
+            return rows.unflatten(0, self.input_ids.shape)
+        padded = rows.new_zeros(*self.input_ids.shape, rows.shape[1])
+        padded[self.real.to(rows.device)] = rows
+        return padded
+
+
+def batches(input_ids: Tensor, lengths: Tensor, size: int) -> list[Batch]:
+    """Cut samples into batches of about one length each, the longest first.
+
+    Args:
+        input_ids: (samples, seqlen), right-padded.
+        lengths: (samples,) number of real tokens of each.
+        size: samples a batch.
+
+    Returns:
+        Batches; the order of their real tokens does not depend on ``size``.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    cut: list[Batch] = []
+    start = 0
+    for chosen in order.split(size):
+        width, tokens = int(lengths[chosen].max()), int(lengths[chosen].sum())
+        real = torch.arange(width) < lengths[chosen, None]
+        cut.append(
+            Batch(
+                input_ids[chosen, :width].long(),
+                None if bool(real.all()) else real,
+                slice(start, start := start + tokens),
+            )
+        )
+    return cut
 
 
 @dataclass
@@ -55,8 +129,8 @@ class BlockMoments:
     shared: dict[str, str] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
 
-    def hooks(self, layers: dict[str, nn.Module], mask: Tensor | None) -> list[Any]:
-        """Forward hooks that add one batch; ``mask`` (batch, seq) bool drops padding."""
+    def hooks(self, layers: dict[str, nn.Module], batch: Batch) -> list[Any]:
+        """Forward hooks on a block's layers that add one batch."""
         seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensor, so that its id stays its own
 
         def hook_for(name: str) -> Callable:
@@ -66,32 +140,80 @@ class BlockMoments:
                 if self.shared.setdefault(name, leader) != leader:
                     raise RuntimeError(f"{name} does not read the same input in every batch")
                 if leader == name:
-                    rows = x.flatten(0, -2) if mask is None else x[mask]
-                    self.moments.setdefault(name, SecondMoment()).add(rows)
+                    self.moments.setdefault(name, SecondMoment()).add(batch.pack(x))
 
             return hook
 
         return [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
 
 
-def batches(input_ids: Tensor, lengths: Tensor, size: int) -> list[Batch]:
-    """Cut samples into batches, each as wide as its longest sample.
+def _host_memory() -> int:
+    """Bytes of host memory left to this process: the machine's, or those of its cgroups (jobs)."""
+    free = psutil.virtual_memory().available
+    own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    if own.exists():
+        innermost = root / own.read_text().rpartition("::")[2].strip().lstrip("/")
+        for group in (innermost, *innermost.parents):
+            try:
+                limit, used = ((group / f"memory.{n}").read_text() for n in ("max", "current"))
+                free = min(free, int(limit) - int(used))
+            except (OSError, ValueError):  # no such group, or no limit
+                continue
+    return free
+
+
+class Hidden:
+    """Hidden states of all real tokens between two blocks, (tokens, hidden).
+
+    They lie in host memory, pinned for a GPU, or in a file where memory is short. They move to the
+    GPU once a block has shown that there is room beside it.
 
     Args:
-        input_ids: (samples, seqlen), right-padded.
-        lengths: (samples,) number of real tokens of each.
-        size: samples a batch.
-
-    Returns:
-        Pairs of input_ids (batch, longest) and attention_mask (same shape, bool), None where
-        nothing is padded.
+        like: one state, for its width, dtype and device.
+        tokens: how many.
+        spill: folder for the file.
     """
-    cut: list[Batch] = []
-    for ids, real in zip(input_ids.split(size), lengths.split(size), strict=True):
-        width = int(real.max())
-        mask = torch.arange(width) < real[:, None]
-        cut.append((ids[:, :width].long(), None if bool(mask.all()) else mask))
-    return cut
+
+    def __init__(self, like: Tensor, tokens: int, spill: Path):
+        self.device = like.device
+        size, dtype = tokens * like.numel(), like.dtype
+        if size * dtype.itemsize > _host_memory() // 2:
+            file = str(spill / "hidden.spilled")
+            states = torch.from_file(file, shared=True, size=size, dtype=dtype)
+        else:
+            states = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self.states = states.view(tokens, like.numel())
+
+    def settle(self) -> None:
+        """Move to the GPU if that has room beside the most that the blocks took so far."""
+        if self.device.type != "cuda" or self.states.is_cuda:
+            return
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        if self.states.nbytes < 0.9 * free - torch.cuda.max_memory_allocated(self.device):
+            self.states = self.states.to(self.device)
+
+
+def _run_block(
+    stream: BlockStream,
+    index: int,
+    data: list[Batch],
+    hidden: Hidden,
+    moments: BlockMoments | None,
+) -> None:
+    """Take all hidden states through one block; add its inputs to ``moments``, if given."""
+    with stream.block(index) as block:
+        layers = linear_layers(block)
+        for batch in data:
+            states = batch.pad(hidden.states[batch.rows].to(stream.device, non_blocking=True))
+            calls = stream.calls(*batch.input_ids.shape)
+            hooks = [] if moments is None else moments.hooks(layers, batch)
+            try:
+                output = block(states, **calls[index])
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            output = output[0] if isinstance(output, tuple) else output
+            hidden.states[batch.rows] = batch.pack(output)
 
 
 @torch.inference_mode()
@@ -99,45 +221,39 @@ def run_shard(
     stream: BlockStream,
     blocks: range,
     data: list[Batch],
-    hidden: list[Tensor] | None,
+    before: Tensor | None,
+    spill: Path,
     save_block: Callable[[int, BlockMoments], None],
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> list[Tensor]:
+) -> Tensor:
     """Run all batches through the shard's blocks and collect their second moments.
 
     Args:
         stream: the original model.
         blocks: indices of the shard's decoder blocks.
         data: calibration batches.
-        hidden: input of the first of ``blocks`` for each batch (batch, seq, hidden), in host
-            memory; where it is None, the blocks before are run through first.
+        before: what the shard before returned; where it is None, the blocks before are run first.
+        spill: folder for hidden states that memory has no room for.
         save_block: called with (block index, its moments) as each block ends.
         progress: wraps the block indices, for a progress bar.
 
     Returns:
-        The input of the block after the last one, for each batch, in host memory.
+        The input of the block after the last one: (real tokens of all batches, hidden).
     """
-    first = blocks.start
-    if hidden is None:
-        first = 0
-        hidden = [stream.calls(ids, mask)[0].cpu() for ids, mask in data]
-    for index in progress(range(first, blocks.stop)):
-        moments = BlockMoments()
-        with stream.block(index) as block:
-            layers = linear_layers(block)
-            for i, (ids, mask) in enumerate(data):
-                _, calls = stream.calls(ids, mask)
-                real = None if mask is None else mask.to(stream.device)
-                hooks = moments.hooks(layers, real) if index in blocks else []
-                try:
-                    output = block(hidden[i].to(stream.device), **calls[index])
-                finally:
-                    for hook in hooks:
-                        hook.remove()
-                hidden[i] = (output[0] if isinstance(output, tuple) else output).cpu()
-        if index in blocks:
+    like = stream.embed(data[0].input_ids[:1, :1])
+    hidden = Hidden(like, data[-1].rows.stop, spill)
+    if before is None:
+        for batch in data:
+            hidden.states[batch.rows] = batch.pack(stream.embed(batch.input_ids))
+    else:
+        hidden.states.copy_(before)
+    for index in progress(range(0 if before is None else blocks.start, blocks.stop)):
+        moments = BlockMoments() if index in blocks else None
+        _run_block(stream, index, data, hidden, moments)
+        if moments is not None:
             save_block(index, moments)
-    return hidden
+        hidden.settle()
+    return hidden.states
 
 
 def block_file(index: int) -> str:
@@ -151,36 +267,28 @@ def block_files(folder: Path) -> list[Path]:
 
 
 def save_moments(path: Path, block: BlockMoments) -> None:
-    """Write one block's second moments: one (in, in) float32 tensor for each distinct input.
+    """Write one block's second moments: for each distinct input a packed float32 triangle.
 
     The file's metadata says which layer uses which tensor and how many tokens were seen.
     """
-    tensors = {name: moment.mean().cpu().contiguous() for name, moment in block.moments.items()}
+    tensors = {name: moment.mean() for name, moment in block.moments.items()}
     tokens = {name: moment.tokens for name, moment in block.moments.items()}
     # One entry: safetensors writes several in an order that changes from process to process.
     inputs = json.dumps({"shared": block.shared, "tokens": tokens}, sort_keys=True)
     save_file(tensors, path, {"inputs": inputs})
 
 
-def load_moments(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What :func:`save_moments` wrote: layer -> leader, and leader -> C (in, in) float32."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["inputs"])["shared"], {
-            name: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-        }
+class Moments:
+    """What :func:`save_moments` wrote, read as it is asked for.
 
+    Attributes:
+        shared: layer -> the name of the input that it reads.
+    """
 
-def flatten(hidden: list[Tensor], seqlen: int) -> Tensor:
-    """Hidden states of all batches as one tensor (samples, seqlen, hidden), padded with zeros."""
-    if not hidden:
-        return torch.zeros(0, seqlen, 0)
-    rows = [torch.nn.functional.pad(h, (0, 0, 0, seqlen - h.shape[1])) for h in hidden]
-    return torch.cat(rows)
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self.shared: dict[str, str] = json.loads(self._file.metadata()["inputs"])["shared"]
 
-
-def rebatch(hidden: Tensor, data: list[Batch]) -> list[Tensor]:
-    """The inverse of :func:`flatten` for these batches."""
-    sizes = [len(ids) for ids, _ in data]
-    parts = hidden.split(sizes)
-    return [h[:, : ids.shape[1]].clone() for h, (ids, _) in zip(parts, data, strict=True)]
+    def lower(self, name: str) -> Tensor:
+        """The lower triangle of one input's C: (in, in) float32, zero above the diagonal."""
+        return triangles.unpack(self._file.get_tensor(name))

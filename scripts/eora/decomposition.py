@@ -34,16 +34,16 @@ def decompose_block(
         moments: folder of the second moments' block files.
         out: folder for the factors' block file.
     """
-    shared, second_moments = covariance.load_moments(moments / covariance.block_file(index))
+    inputs = covariance.Moments(moments / covariance.block_file(index))
     tensors: dict[str, Tensor] = {}
     leader, metric = "", None  # layers that read the same input follow each other and share it
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)
         for name, layer in linear_layers(exact).items():
             error = dense_weight(layer).float() - dense_weight(approximate[name]).float()
-            if shared[name] != leader:
-                leader = shared[name]
-                metric = solver.Metric(second_moments[leader].to(error.device), method)
+            if inputs.shared[name] != leader:
+                leader = inputs.shared[name]
+                metric = solver.Metric(inputs.lower(leader).to(error.device), method)
             factors = solver.decompose(error, metric, max_rank)
             full = f"{original.name(index)}.{name}"
             tensors[f"{full}.lora_A"] = factors.lora_A.cpu().contiguous()

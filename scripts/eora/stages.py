@@ -99,7 +99,12 @@ def _compress(config: Config, model: str, compression: str) -> Params:
 
 
 def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
-    return {"shard": int(shard), "shards": int(shards), **_trust(config, model)}
+    return {
+        "shard": int(shard),
+        "shards": int(shards),
+        "tf32": config["covariance"]["tf32"],
+        **_trust(config, model),
+    }
 
 
 def _decompose(
@@ -160,9 +165,9 @@ STAGES = {
     "prepare_task": Stage("tasks/{task}", 1, _prepare_task),
     "tokenize": Stage("tokens/{model}/{calibration}", 1, _tokenize),
     "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
-    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 1, _covariance),
+    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 2, _covariance),
     "decompose": Stage(
-        "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 1, _decompose
+        "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 2, _decompose
     ),
     "adapter": Stage(
         "adapters/{model}/{compression}/{adapter}/r{rank}-16bit", 1, _adapter, "adapter"

@@ -8,9 +8,11 @@ block whatever the model's depth.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,16 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not found:
         raise Mistake(f"{folder}: no *.safetensors in it; make or fetch the model again")
     return found
+
+
+def _ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Tensor name -> its bytes [start, end) in a safetensors file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + size + start, 8 + size + end) for name, (start, end) in offsets.items()}
 
 
 def shard_range(shard: int, shards: int, blocks: int) -> range:
@@ -113,6 +125,7 @@ class BlockStream:
         self.model.eval()
         self.prefix, self.blocks = decoder_blocks(self.model)
         self._stem_loaded = False
+        self._called: tuple[tuple[int, int], list[dict[str, Any]]] = ((0, 0), [])
 
     def _quantize_skeleton(self) -> None:
         """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""
@@ -134,25 +147,43 @@ class BlockStream:
         """Full name of block ``index``, for example ``model.layers.7``."""
         return f"{self.prefix}.{index}"
 
-    def _read(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
+        """A tensor as the files hold it; its pages are read as they are looked at."""
         path = self._files[name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt", device="cpu")
-        tensor = self._open[path].get_tensor(name)
-        if self.dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)
-        return tensor.to(self.device)
+        return self._open[path].get_tensor(name)
 
-    def _materialise(self, name: str, module: nn.Module) -> None:
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """A stored tensor on the device, in the stream's dtype."""
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.to(self.device, dtype)
+
+    def _read_ahead(self, index: int) -> None:
+        """Have the system read block ``index`` into its page cache while this one computes.
+
+        The pages are the system's, not this process's: no second block counts as its memory.
+        """
+        if index >= len(self) or not hasattr(os, "posix_fadvise"):
+            return
+        names = [name for name in self._files if name.startswith(f"{self.name(index)}.")]
+        for path in {self._files[name] for name in names}:
+            ranges = _ranges(path)
+            with path.open("rb") as file:
+                for start, end in (ranges[name] for name in names if name in ranges):
+                    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _materialise(self, name: str, module: nn.Module, skip: tuple[str, ...] = ()) -> None:
         """Give the module's meta tensors their values: from the files, or as the model computes."""
         computed = defaultdict(list)
         tensors = list(module.named_parameters()) + list(module.named_buffers())
+        tensors = [(local, old) for local, old in tensors if local not in skip]
         for local, old in tensors:
             full = f"{name}.{local}" if name else local
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
             if full in self._files:
-                value = self._read(full)
+                value = self._cast(self._stored(full))
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
                     parameter._is_hf_initialized = True  # _init_weights below leaves it alone
@@ -180,51 +211,73 @@ class BlockStream:
         """Block ``index`` with its weights on the device; they are dropped on leaving."""
         block = self.blocks[index]
         self._materialise(self.name(index), block)
+        self._open.clear()
+        self._read_ahead(index + 1)
         try:
             yield block
         finally:
             block.to("meta")
-            self._open.clear()
+
+    @cached_property
+    def _embedding(self) -> str:
+        """Full name of the token embedding."""
+        wanted = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is wanted)
 
     def _load_stem(self) -> None:
-        """Load what stands outside the blocks and before the head: embeddings, rotary, norms."""
+        """Load what stands outside the blocks and before the head: rotary, norms, positions.
+
+        All but the token embedding, which may be larger than a block: see :meth:`embed`.
+        """
         for name, module in self.model.base_model.named_modules():
             full = f"{self.model.base_model_prefix}.{name}" if name else ""
             if not full or full == self.prefix or full.startswith(f"{self.prefix}."):
                 continue
             if not any(True for _ in module.children()):
-                self._materialise(full, module)
+                self._materialise(full, module, skip=("weight",) if full == self._embedding else ())
+        # It only matters to gradients, and need not be among the rows that are looked up.
+        self.model.get_input_embeddings().padding_idx = None
         self._stem_loaded = True
 
     @torch.inference_mode()
-    def calls(
-        self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """How the model would call each block on this batch, without running any block.
+    def _enter(self, input_ids: Tensor) -> list[_Recorder]:
+        """Call the model with recorders in its blocks' places.
 
-        Args:
-            input_ids: (batch, seq) int64.
-            attention_mask: (batch, seq), 1 for real tokens; None where there is no padding.
-
-        Returns:
-            The first block's input (batch, seq, hidden), and each block's keyword arguments
-            (masks and position embeddings do not depend on what earlier blocks computed).
+        Only the embedding's rows that are looked up are read.
         """
         if not self._stem_loaded:
             self._load_stem()
+        wanted, positions = input_ids.unique(return_inverse=True)
+        embedding = self.model.get_submodule(self._embedding)
+        table = embedding.weight
+        rows = self._cast(self._stored(f"{self._embedding}.weight")[wanted])
+        self._open.clear()
         recorders = [_Recorder(block) for block in self.blocks]
         parent_name, _, leaf = self.prefix.rpartition(".")
         parent = self.model.get_submodule(parent_name)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
         setattr(parent, leaf, nn.ModuleList(recorders))
         try:
-            self.model.base_model(
-                input_ids=input_ids.to(self.device),
-                attention_mask=None if attention_mask is None else attention_mask.to(self.device),
-                use_cache=False,
-            )
+            self.model.base_model(input_ids=positions.to(self.device), use_cache=False)
         finally:
             setattr(parent, leaf, self.blocks)
-        return recorders[0].hidden, [recorder.kwargs for recorder in recorders]
+            embedding.weight = table
+        return recorders
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The first block's input (batch, seq, hidden) for ``input_ids`` (batch, seq) int64."""
+        return self._enter(input_ids)[0].hidden
+
+    def calls(self, batch: int, seq: int) -> list[dict[str, Any]]:
+        """Each block's keyword arguments for ``batch`` samples of ``seq`` tokens, unmasked.
+
+        Masks and position embeddings depend neither on the tokens nor on what earlier blocks
+        computed.
+        """
+        if self._called[0] != (batch, seq):
+            recorders = self._enter(torch.zeros(batch, seq, dtype=torch.int64))
+            self._called = (batch, seq), [recorder.kwargs for recorder in recorders]
+        return self._called[1]
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:

@@ -482,7 +482,7 @@ def test_defaults_are_filled_in_at_every_level():
         "method": "eora",
     }
     assert filled["tasks"]["p"]["window"] == 2048
-    assert filled["covariance"] == {"shards": 1}
+    assert filled["covariance"] == {"shards": 1, "tf32": False}
     assert filled["runtime"] == {"device": "auto", "batch_size": 8, "threads": 0, "store": True}
 
 

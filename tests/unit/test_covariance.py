@@ -1,10 +1,14 @@
 """Second moments: a plain sum over real tokens, whatever the batches, shards or padding."""
 
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eora import covariance, streaming
+from eora import covariance, streaming, triangles
 
 SEQLEN = 24
 
@@ -18,7 +22,13 @@ def samples():
     return ids.masked_fill(torch.arange(SEQLEN) >= lengths[:, None], 0), lengths
 
 
-def collect(folder, samples, batch_size, shards=1, tmp=None):
+def full(packed):
+    """The whole symmetric C of a packed triangle."""
+    lower = triangles.unpack(packed)
+    return lower + lower.tril(-1).T
+
+
+def collect(folder, samples, batch_size, shards=1):
     """All blocks' second moments: full layer name -> C, and the number of tokens."""
     stream = streaming.BlockStream(folder, "cpu", torch.float32)
     data = covariance.batches(*samples, batch_size)
@@ -26,14 +36,13 @@ def collect(folder, samples, batch_size, shards=1, tmp=None):
 
     def keep(index, block):
         for name, leader in block.shared.items():
-            found[f"{stream.name(index)}.{name}"] = block.moments[leader].mean()
+            found[f"{stream.name(index)}.{name}"] = full(block.moments[leader].mean())
         tokens.update(m.tokens for m in block.moments.values())
 
     for shard in range(shards):
         blocks = streaming.shard_range(shard, shards, len(stream))
-        hidden = covariance.run_shard(stream, blocks, data, hidden, keep)
-        # As between jobs: through one padded tensor.
-        hidden = covariance.rebatch(covariance.flatten(hidden, SEQLEN), data)
+        with tempfile.TemporaryDirectory() as spill:
+            hidden = covariance.run_shard(stream, blocks, data, hidden, Path(spill), keep).clone()
     return found, tokens
 
 
@@ -90,7 +99,7 @@ def test_early_batches_weigh_as_much_as_late_ones():
         x = torch.zeros(4, 50)
         x[:, i] = 1.0
         moment.add(x)
-    torch.testing.assert_close(moment.mean(), torch.eye(50) / 50)
+    torch.testing.assert_close(full(moment.mean()), torch.eye(50) / 50)
 
 
 def test_small_addends_are_not_lost_in_a_large_sum():
@@ -98,7 +107,7 @@ def test_small_addends_are_not_lost_in_a_large_sum():
     moment.add(torch.full((1, 1), 1e4))  # 1e8: float32 cannot hold 1e8 + 1
     for _ in range(1000):
         moment.add(torch.ones(1, 1))
-    assert moment.sum.item() == 1e8 + 1000
+    assert moment.blocks[0].item() == 1e8 + 1000
 
 
 def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
@@ -109,10 +118,11 @@ def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
         range(1),
         covariance.batches(*samples, 4),
         None,
+        tmp_path,
         lambda _, block: covariance.save_moments(path, block),
     )
-    shared, moments = covariance.load_moments(path)
-    assert len(shared) == 7 and len(moments) == 4
+    shared = covariance.Moments(path).shared
+    assert len(shared) == 7 and len(set(shared.values())) == 4
     assert shared["self_attn.k_proj"] == shared["self_attn.v_proj"] == "self_attn.q_proj"
     assert shared["mlp.up_proj"] == "mlp.gate_proj"
 
@@ -120,3 +130,35 @@ def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
 def test_empty_moment_is_refused():
     with pytest.raises(ValueError, match="no token"):
         covariance.SecondMoment().mean()
+
+
+def test_short_of_memory_hidden_states_lie_in_a_file(tiny_model, samples, monkeypatch):
+    in_memory, _ = collect(tiny_model, samples, batch_size=2, shards=2)
+    monkeypatch.setattr(covariance, "_host_memory", lambda: 0)
+    spilled, _ = collect(tiny_model, samples, batch_size=2, shards=2)
+    assert all(torch.equal(spilled[name], in_memory[name]) for name in in_memory)
+
+
+@pytest.mark.parametrize("size", [1, 2, 191, 192, 193, 500])
+def test_packed_is_the_lower_triangle_row_by_row(size):
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    packed = triangles.pack([matrix[rows, : rows.stop] for rows in triangles.row_blocks(size)])
+    assert torch.equal(packed, matrix[np.tril_indices(size)])
+    assert torch.equal(triangles.unpack(packed), matrix.tril())
+
+
+def test_hidden_states_between_shards_are_those_of_any_batch_size(tiny_model, samples, tmp_path):
+    stream = streaming.BlockStream(tiny_model, "cpu", torch.float32)
+    between = [
+        covariance.run_shard(
+            stream,
+            range(1),
+            covariance.batches(*samples, size),
+            None,
+            tmp_path,
+            lambda *_: None,
+        )
+        for size in (1, 3)
+    ]
+    assert between[0].shape == (int(samples[1].sum()), 64)  # no padding is handed on
+    torch.testing.assert_close(*between, rtol=1e-4, atol=1e-4)

@@ -3,9 +3,12 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 
@@ -142,6 +145,29 @@ def test_a_shard_whose_predecessor_was_restored_is_computed_all_the_same(clone):
     assert "covariance/tiny/moments/0-of-2" in restored
     assert "covariance/tiny/moments/1-of-2" in computed
     assert contents(clone) == before
+
+
+@pytest.mark.parametrize("block", ["block-0001.safetensors", "block-0002.safetensors"])
+def test_a_killed_shard_restarts_at_that_shard(small, block):
+    """Killed as its first or second block appears; what was made before it is not made again."""
+    before = contents(small)
+    small.config["runtime"] |= {"store": False, "batch_size": 1}
+    shutil.rmtree(small.results / "covariance")
+    shard = small.results / "covariance/tiny/moments/1-of-2"
+    process = small.start(*small.command(small.write(), "--retries", "0"))
+    while not list(shard.glob(f".partial-*/moments/{block}")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    (partial,) = shard.glob(".partial-*")
+    os.kill(int(partial.name.rpartition("-")[2]), signal.SIGKILL)
+    assert "Killed" in process.communicate()[0]
+    assert not (shard / manifest.NAME).exists()
+    assert (shard.parent / "0-of-2/hidden.safetensors").exists()
+
+    _, computed = run(small)
+    assert "covariance/tiny/moments/1-of-2" in computed
+    assert not any(re.match("covariance.*0-of-2|tokenize|compress", stage) for stage in computed)
+    assert unsummed(contents(small)) == unsummed(before)
 
 
 def test_without_the_store_all_is_computed_and_comes_out_the_same(small):
