@@ -4,8 +4,8 @@ Reads the config and, of each model, the shapes of its layers: from its download
 from config.json alone, which is fetched from the hub. Weights are not read and nothing is computed.
 
 Memory is what one job of a row needs at its peak: on the GPU and beside it ("host"), or without a
-GPU ("CPU"). Disk, work and hours are those of all its jobs, one after the other. Hours of cards that a row does not fit are marked with an exclamation mark;
-below the table it says which setting mends that."""
+GPU ("CPU"). Disk, work and hours are those of all its jobs, one after the other. Cards that a row
+does not fit have an exclamation mark; below the table it says which setting mends that."""
 
 import json
 import os

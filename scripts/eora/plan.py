@@ -72,9 +72,9 @@ class Cost:
 # Python with what a stage imports, in memory before it does anything. Measured, with this
 # project's locked versions.
 IMPORTS = {
-    "covariance": 0.50,
-    "decompose": 0.53,
-    "compress": 0.60,
+    "covariance": 0.525,
+    "decompose": 0.54,
+    "compress": 0.58,
     "evaluate": 0.56,
     "adapter": 0.52,
 }
@@ -223,10 +223,9 @@ class Costs:
         width = 2 if self.cuda else 4
         widest = max((layer.columns for layer in block.inputs), default=0)
         sums = sum(n.columns**2 * triangle(n.columns) * n.copies for n in block.inputs) * 8
-        # Of a batch: what a layer reads and writes and the step between, as MLPs have three such.
-        values = max(
-            max((3 * layer.columns for layer in block.inputs), default=0), 6 * model.hidden
-        )
+        # Of a batch: an MLP's two branches, the function of one and their product; beside them the
+        # states, their norm, and what attention makes of them.
+        values = 4 * widest + 8 * model.hidden
         states = Term(
             "hidden states of all samples",
             tokens * model.hidden * width,
@@ -291,18 +290,19 @@ class Costs:
             Term("the same, compressed", self._packed(settings, block.layers)),
         )
         phases = [
-            (*models, *_fitting(layer, layer.rank(entry["max_rank"]), whole, self.cuda))
+            (*models, *_fitting(layer, layer.rank(entry["max_rank"]), whole))
             for layer in block.layers
         ]
         phases += [(*models, *_dequantizing(layer)) for layer in block.layers]
         held = Term("the block's factors", factors, setting)
+        widest = max(layer.columns for layer in block.layers)
+        packed = Term("a second moment, packed", widest * (widest + 1) / 2 * 4)
         if self.cuda:
             device, host = self._memory("decompose", *phases)
-            widest = max(layer.columns for layer in block.layers)
-            loaded = Term("a second moment, packed and whole", widest**2 * 6 * whole)
-            host = tuple((*phase, held, loaded) for phase in host)
+            unpacked = Term("the same, unpacked", widest**2 * 4)
+            host = tuple((*phase, held, packed, unpacked) for phase in host)
         else:
-            device, host = self._memory("decompose", *((*phase, held) for phase in phases))
+            device, host = self._memory("decompose", *((*p, held, packed) for p in phases))
         work: dict[str, float] = {}
         for some in mine:
             for layer in some.layers:
@@ -422,49 +422,50 @@ def _dequantizing(layer: Layer) -> Phase:
     rows, columns = layer.rows, layer.columns
     return (
         Term("an identity", columns**2 * 4),
-        Term("the layer, unpacked", rows * columns * 12),
+        Term("the layer, unpacked", rows * columns * 15),
     )
 
 
-def _fitting(layer: Layer, rank: int, whole: bool, cuda: bool) -> Phase:
+def _fitting(layer: Layer, rank: int, whole: bool) -> Phase:
     """What the low-rank fit of one layer holds; see :mod:`eora.solver`.
 
     Args:
         layer: its shape.
         rank: what is fitted.
         whole: whether errors are measured by the whole second moment, not by its diagonal.
-        cuda: torch's solver computes all eigenvectors there; LAPACK computes those wanted.
     """
     rows, columns = layer.rows, layer.columns
     small = min(rows, columns)
-    error = Term("the layer's error", rows * columns * 4 * 2)  # and scaled by the metric
-    moment = Term("its second moment", columns**2 * 4 * whole)
-    vectors = small if cuda or rank > small // 2 else rank
-    eigen = Term("the eigenproblem", small**2 * 8 * 2 + small * vectors * 8 * 2)
+    error = Term("the layer's error, and scaled", rows * columns * 4 * 2)
+    moment = Term("its input's second moment", columns**2 * 4)
+    # The matrix and its eigenvectors, with room to work; or the matrix, a Krylov space and a proof.
+    eigen = Term("the eigenproblem", small**2 * 8 * 3)
     if rows <= columns:
-        return error, moment, Term("products", (rows * columns + rows * rows) * 4), eigen
+        products = Term("products", (rows * columns + 2 * rows**2) * 4)
+        return error, moment, products, eigen
     root = Term("its Cholesky factor", columns**2 * (8 + 4) * whole)
-    gram = Term("products", columns**2 * 4 * 2)
-    return error, moment, root, gram, eigen, Term("directions", rows * (columns + 2 * rank) * 8)
+    products = Term("products", columns**2 * 4 * 2 + rows * rank * 8 * 3)
+    return error, moment, root, products, eigen
 
 
 def _fit_work(layer: Layer, rank: int, whole: bool) -> dict[str, float]:
     """Operations of one layer's fit, by kind."""
     rows, columns = layer.rows, layer.columns
     small = min(rows, columns)
+    single = 2 * rows * columns**2  # an identity through the compressed layer
+    double = 0.0
     if rows <= columns:
-        single = rows * columns**2 * whole + 2 * rows**2 * columns
-        double = 0.0
+        single += rows * columns**2 * whole + 2 * rows**2 * columns
     else:
-        single = rows * columns**2 + 2 * columns**3 * whole
-        double = 2 * columns**2 * rank + 2 * rows * columns * rank + 4 * rows * rank**2
-    unpacking = 2 * rows * columns**2  # an identity through the compressed layer
-    return {
-        "single": single + 2 * rows * columns * rank + unpacking,
-        "double": double,
-        # Tridiagonalisation, divide and conquer, back-transformation.
-        "eigen": small**3 * (4 / 3 + 4 / 3 + 2),
-    }
+        single += rows * columns**2 + 2 * columns**3 * whole
+        double += 2 * columns**2 * rank + 2 * rows * columns * rank + 4 * rows * rank**2
+    work = {"single": single + 2 * rows * columns * rank, "double": double}
+    if small >= 2000 and 16 * rank <= small:  # see eora.eigen: a Krylov space, and its proof
+        work["single"] += 2 * small**2 * 6 * rank
+        work["double"] += small**3 / 3 + 4 * 2 * small**2 * rank
+    else:  # tridiagonalisation, divide and conquer, back-transformation
+        work["eigen"] = small**3 * (4 / 3 + 4 / 3 + 2)
+    return work
 
 
 # --- Cards. ---
@@ -506,6 +507,8 @@ class Card:
             "memory": self.bandwidth,
             "disk": 1 * GB,
         }
+        if not cost.work:
+            return 0.0
         seconds = sum(
             amount / (rates[kind] * self.efficiency.get(kind, 1.0))
             for kind, amount in cost.work.items()
