@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ROOT, SENTENCES, make_tokenizer
 from eora import config as cfg
-from eora import manifest, plan, shapes, stages
+from eora import covariance, manifest, plan, shapes, stages, streaming
+from eora.errors import Mistake
+from local_sources import COMMIT, hub
 
 # Large enough that what a stage holds is not lost beside Python's imports.
 HIDDEN, MLP, BLOCKS = 768, 6144, 2
@@ -31,7 +33,7 @@ def config(model: Path) -> cfg.Config:
     return checked(
         models={"m": {"path": str(model)}},
         calibrations={"c": {"dataset": "text", "samples": SAMPLES, "seqlen": SEQLEN}},
-        compressions={"w2": {"bits": 2, "group_size": 32, "iters": 1, "calibration": "c"}},
+        compressions={"w2": {"bits": 2, "group_size": 32, "iters": 2, "calibration": "c"}},
         adapters={"eora": {"calibration": "c", "ranks": [64], "max_rank": 128, "bits": [16, 4]}},
         tasks={"text": {"perplexity": "text", "window": SEQLEN, "windows": SAMPLES}},
         runtime={"device": "cpu", "batch_size": 8},
@@ -43,7 +45,7 @@ def made(tmp_path_factory) -> Path:
     """Folders as the first stages leave them: of a model, of its samples, of a text."""
     base = tmp_path_factory.mktemp("plan")
     torch.manual_seed(0)
-    model = LlamaConfig(
+    model = tf.LlamaConfig(
         vocab_size=512,
         hidden_size=HIDDEN,
         intermediate_size=MLP,
@@ -52,7 +54,7 @@ def made(tmp_path_factory) -> Path:
         num_key_value_heads=4,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(model).to(torch.bfloat16).save_pretrained(base / "models/m/model")
+    tf.LlamaForCausalLM(model).to(torch.bfloat16).save_pretrained(base / "models/m/model")
     make_tokenizer().save_pretrained(base / "models/m/model")
     tokens = {
         "input_ids": torch.randint(2, 250, (SAMPLES, SEQLEN), dtype=torch.int32),
@@ -124,3 +126,141 @@ def test_memory_and_disk_are_within_a_quarter_of_what_stages_take(made):
     assert {place.stage: told[place].disk for place in taken} == {
         place.stage: pytest.approx(disk, rel=0.25) for place, (_, disk) in taken.items()
     }
+
+
+QWEN3_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A folder with Qwen3-32B's config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("qwen")
+    (folder / "config.json").write_text(json.dumps(QWEN3_32B))
+    return folder
+
+
+def test_shapes_follow_from_a_config_alone(qwen):
+    found = shapes.declared(qwen)
+    assert found.parameters == 32_762_123_264  # as the hub says of the model
+    assert (len(found.blocks), found.hidden, found.vocabulary, found.bytes) == (64, 5120, 151936, 2)
+    widths = {layer.name.split(".")[-1]: layer.columns for layer in found.blocks[0].inputs}
+    assert widths == {"q_proj": 5120, "o_proj": 8192, "gate_proj": 5120, "down_proj": 25600}
+    assert [len(found.share(k, 3)) for k in range(3)] == [21, 21, 22]
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        tf.LlamaConfig,
+        tf.Qwen2Config,
+        tf.Qwen3Config,
+        tf.Phi3Config,
+        tf.Gemma2Config,
+        tf.GPTNeoXConfig,
+    ],
+)
+def test_inputs_are_those_that_the_covariance_pass_finds(kind, tmp_path):
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(kind(**SMALL)).save_pretrained(tmp_path)
+    stream = streaming.BlockStream(tmp_path, "cpu")
+    data = covariance.batches(torch.ones(1, 4, dtype=torch.int64), torch.tensor([4]), 1)
+    seen = {}
+    covariance.run_shard(
+        stream, range(1), data, None, tmp_path, lambda i, block: seen.update(block.moments)
+    )
+    found = shapes.declared(tmp_path)
+    assert {layer.name for layer in found.blocks[0].inputs} == set(seen)
+
+
+def test_experts_are_counted_once_each_and_worked_on_when_chosen():
+    moe = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": [48, 32] for i in range(8)}
+    fused = {"model.layers.0.mlp.experts.gate_up_proj": [8, 48, 32]}
+    rest = {"model.embed_tokens.weight": [64, 32], "model.layers.0.mlp.gate.weight": [8, 32]}
+    for experts in (moe, fused):
+        tensors = {n: {"dtype": "BF16", "shape": s} for n, s in (experts | rest).items()}
+        (layer,) = shapes.shapes(tensors, experts=2).blocks[0].layers
+        assert (layer.rows, layer.columns, layer.copies, layer.active) == (48, 32, 8, 2)
+        assert shapes.shapes(tensors, experts=2).blocks[0].active == 2 * 48 * 32
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(Mistake, match="name another model"):
+        shapes.shapes({"head.weight": {"dtype": "F32", "shape": [4, 4]}})
+
+
+def command(tmp_path: Path, settings: dict, *args: str, **env: str) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/plan.py", "--config", file, *args],
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
+
+
+def asks(source: dict) -> dict:
+    return {
+        "models": {"m": source},
+        "datasets": {"text": {"path": str(ROOT / "README.md")}},
+        "calibrations": {"c": {"dataset": "text", "samples": 512, "seqlen": 2048}},
+        "compressions": {"w2": {"bits": 2, "calibration": "c"}},
+        "adapters": {"eora": {"calibration": "c", "ranks": [32]}},
+        "tasks": {"text": {"perplexity": "text"}},
+        "covariance": {"shards": 4},
+    }
+
+
+def test_the_plan_names_the_settings_that_make_a_stage_fit(qwen, tmp_path):
+    told = command(tmp_path, asks({"path": str(qwen)}), "--card", "rtx-4090")
+    lines = " ".join(told.split())
+    assert "32.76 billion parameters in 64 blocks" in lines
+    assert "h A100" not in lines and "h 4090" in lines
+    assert "lower calibrations.c.samples (21.5 GB) or lower compressions.w2.batch_size" in lines
+    assert "evaluate original needs" in lines and "lower runtime.batch_size" in lines
+    assert "--card: titan is not known" in command(
+        tmp_path, asks({"path": str(qwen)}), "--card", "titan"
+    )
+
+
+def test_a_hub_models_config_is_fetched_and_a_wheel_must_be_downloaded(qwen, tmp_path):
+    with hub({"big/model": {"config.json": (qwen / "config.json").read_bytes()}}) as address:
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf")}
+        source = {"hub": "big/model", "revision": COMMIT}
+        told = command(tmp_path, asks(source), "--json", **env)
+        rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        missing = command(tmp_path, asks(source | {"revision": "0" * 40}), **env)
+    covariances = next(row for row in rows if row["label"] == "covariance c")
+    # Packed triangles, and the hidden states between two shards.
+    moments = 64 * sum(n * (n + 1) // 2 * 4 for n in (5120, 8192, 5120, 25600))
+    assert covariances["jobs"] == 4
+    assert covariances["disk"] == pytest.approx(moments + 512 * 2048 * 5120 * 2)
+    assert [card["card"] for card in covariances["cards"]][:4] == ["A100", "H100", "4090", "L40S"]
+    assert "check both, your network" in missing and "Traceback" not in missing
+    wheel = {"wheel": "p==1", "sha256": "0" * 64, "member": "m.gguf"}
+    assert "snakemake --cores 1 -- results/models/m/manifest.json" in command(tmp_path, asks(wheel))
