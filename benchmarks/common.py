@@ -159,6 +159,11 @@ def run(command: list[Any], log: Path, **environment: str) -> Cost:
     return Cost(wall, usage.ru_maxrss * unit, anonymous)
 
 
+def load() -> dict[str, Any]:
+    """benchmarks/config.yaml, checked, with defaults filled in."""
+    return commands.load_config(ROOT / "benchmarks/config.yaml")
+
+
 def prepare(samples: int | None = None) -> dict[str, Any]:
     """Make the model, its 2-bit form, calibration tokens and held-out text, where they are missing.
 
@@ -170,7 +175,7 @@ def prepare(samples: int | None = None) -> dict[str, Any]:
     Returns:
         The config, checked, with defaults filled in.
     """
-    config = commands.load_config(ROOT / "benchmarks/config.yaml")
+    config = load()
     if samples is not None:
         config["calibrations"][CALIBRATION]["samples"] = samples
     PLACE.mkdir(parents=True, exist_ok=True)
