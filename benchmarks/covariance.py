@@ -23,21 +23,23 @@ from eora import covariance, streaming
 def ours(folder: Path, data: list[covariance.Batch]) -> None:
     """All second moments, from weights on disk to files, as scripts/covariance.py makes them."""
     stream = streaming.BlockStream(folder, "cpu", torch.float32)
-    with tempfile.TemporaryDirectory(dir=common.PLACE) as out:
+    with tempfile.TemporaryDirectory(dir=common.PLACE) as place:
+        out = Path(place)
         covariance.run_shard(
             stream,
             range(len(stream)),
             data,
             None,
-            lambda i, block: covariance.save_moments(Path(out, covariance.block_file(i)), block),
+            out,
+            lambda i, block: covariance.save_moments(out / covariance.block_file(i), block),
         )
 
 
 @torch.inference_mode()
 def forward(model: torch.nn.Module, data: list[covariance.Batch]) -> None:
     """All batches through a model that is in memory."""
-    for ids, _ in data:
-        model(input_ids=ids, use_cache=False)
+    for batch in data:
+        model(input_ids=batch.input_ids, use_cache=False)
 
 
 def widths(model: PreTrainedModel) -> list[int]:
@@ -95,7 +97,7 @@ def main(
     data = covariance.batches(tokens["input_ids"], tokens["lengths"], batch_size)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count = int(tokens["lengths"].sum())
-    rows = data[0][0].numel()
+    rows = data[0].input_ids.numel()
     read = widths(model)
     inputs = {width: torch.randn(rows, width) for width in sorted(set(read))}
 
