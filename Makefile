@@ -69,8 +69,10 @@ prune: env ## list kept results that no present result uses (ARGS=--yes deletes 
 		.cache/peer/bin/python -m pip install --no-deps --requirement benchmarks/peer.txt; \
 		cp benchmarks/peer.txt .cache/peer/installed.txt; }
 
-bench: env ## measure against GPTQModel, textbook and limits (ARGS=--without-peer skips GPTQModel)
-	$(if $(filter --without-peer,$(ARGS)),,@$(MAKE) --no-print-directory .cache/peer)
+# Not empty where the benchmarks that are asked for need GPTQModel.
+PEER = $(if $(filter --without-peer,$(ARGS)),,$(if $(filter --only,$(ARGS)),$(filter peer,$(ARGS)),yes))
+
+bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=--without-peer)
 	$(IN_ENV) python benchmarks/run.py $(ARGS)
 
 test: env lint ## lint, then run the tests (ARGS="-k name")

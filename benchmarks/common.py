@@ -39,9 +39,8 @@ Samples = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Calibration samples of 512 tokens [default: as benchmarks/config.yaml has it, 64]. "
-        "Fewer only to try the benchmark out.",
-        show_default=False,
+        help="Calibration samples of 512 tokens; fewer than 64 only to try the benchmark out.",
+        show_default="64, as benchmarks/config.yaml has it",
     ),
 ]
 

@@ -80,8 +80,8 @@ def theirs(python: Path, rank: int, out: Path, batch_size: int) -> tuple[Cost, f
             *("--out", out / "adapter"),
         ],
         PLACE / "logs" / f"gptqmodel-{out.name}.log",
-        # It takes half the cores, and with one worker for its CPU it does not end.
-        GPTQMODEL_CPU_WORKERS=str(max(2, os.cpu_count() // 2)),
+        # Its own choice (half of the cores, at most 12), but two workers where that would be one.
+        GPTQMODEL_CPU_WORKERS=str(max(2, min(12, (os.cpu_count() + 1) // 2))),
         HF_HUB_OFFLINE="1",
     )
     call = float((out / "adapter" / "seconds.txt").read_text())

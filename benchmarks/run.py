@@ -37,7 +37,12 @@ def main(
         typer.Option("--quick", help="Tiny sizes, to see that all works; no figures to go by."),
     ] = False,
     json_file: Annotated[
-        Path, typer.Option("--json", help="Where all figures and targets go.")
+        Path,
+        typer.Option(
+            "--json",
+            help="Where all figures and targets go.",
+            show_default=".cache/bench/bench.json",
+        ),
     ] = common.PLACE / "bench.json",
 ) -> None:
     """Run the benchmarks and end with a line for each target: figure, target, met or not.

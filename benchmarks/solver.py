@@ -129,7 +129,7 @@ def measure(scale: float, rank: int, repeats: int) -> list[dict[str, Any]]:
 def main(
     scales: Annotated[
         list[float] | None,
-        typer.Argument(help="Widths, as parts of Qwen3-32B's [default: 0.125 0.25 0.5]"),
+        typer.Argument(help="Widths, as parts of Qwen3-32B's.", show_default="0.125 0.25 0.5"),
     ] = None,
     rank: Annotated[int, typer.Option(help="Largest rank; at most half a layer's width.")] = 128,
     repeats: Annotated[
