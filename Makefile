@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run status clean-orphans prune bench .cache/peer test lint lock clean
+.PHONY: help env .venv run plan status clean-orphans prune bench .cache/peer test lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -49,6 +49,9 @@ env: ## make .venv from the lock if it is missing or the lock changed
 
 run: env ## run the workflow (ARGS="--configfile my.yaml", CORES=8)
 	$(IN_ENV) snakemake --cores $(CORES) --resources gpu=1 $(ARGS)
+
+plan: env ## memory, disk and hours before anything runs (ARGS="--config my.yaml --card rtx-4090")
+	$(IN_ENV) python scripts/plan.py $(ARGS)
 
 status: env ## what is done, missing or stale, and why (ARGS="--config my.yaml")
 	$(IN_ENV) python scripts/status.py $(ARGS)

@@ -125,13 +125,14 @@ def run(command: list[Any], log: Path, **environment: str) -> Cost:
     """Run a command to its end and measure it; what it prints goes to ``log``.
 
     Linux counts what the caller has resident towards the peak of what it starts, so callers keep
-    torch out of their own process.
+    torch out of their own process. It runs in :data:`PLACE`, as some leave files where they run.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         start = time.perf_counter()
         process = subprocess.Popen(
             [str(part) for part in command],
+            cwd=PLACE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | environment,

@@ -265,11 +265,30 @@ def _fetch_snapshot(source: dict[str, Any], out: Path, patterns: list[str]) -> N
             ignore_patterns=OTHER_LAYOUTS,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise Mistake(
-            f"models.<name>.hub: {source['hub']} at revision {source['revision']} cannot be "
-            f"fetched; check both, your network, and your login where access is asked for: {error}"
-        ) from error
+        raise _unreachable(source, error) from error
     shutil.rmtree(out / ".cache", ignore_errors=True)
+
+
+def fetch_config(source: dict[str, Any], out: Path) -> None:
+    """Put a hub model's config.json, and nothing else of it, into ``out``.
+
+    Raises:
+        Mistake: the repository or the revision is not there, or cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(source["hub"], "config.json", revision=source["revision"], local_dir=out)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: dict[str, Any], error: Exception) -> Mistake:
+    return Mistake(
+        f"models.<name>.hub: {source['hub']} at revision {source['revision']} cannot be "
+        f"fetched; check both, your network, and your login where access is asked for: {error}"
+    )
 
 
 def _local(source: dict[str, Any], path: Path | None, scratch: Path, section: str) -> Path:

@@ -28,8 +28,9 @@ rule decompose:
     resources:
         gpu=1,
         device=RUNTIME["device"],
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=sized("decompose", "mem_mb"),
+        gpu_mem_mb=sized("decompose", "gpu_mem_mb"),
+        runtime=sized("decompose", "runtime", least=30),
     params:
         script=script("decompose"),
         spec=spec("decompose"),
@@ -61,8 +62,8 @@ rule adapter:
     conda:
         "../../envs/environment.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=sized("adapter", "mem_mb"),
+        runtime=sized("adapter", "runtime", least=30),
     params:
         script=script("adapter"),
         spec=spec("adapter"),
@@ -96,8 +97,8 @@ rule quantize_adapter:
     conda:
         "../../envs/environment.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=sized("quantize_adapter", "mem_mb"),
+        runtime=sized("quantize_adapter", "runtime", least=30),
     params:
         script=script("quantize_adapter"),
         spec=spec("quantize_adapter"),

@@ -5,15 +5,18 @@
 # (device, batch size, threads) are not tracked. Manifests are tracked inputs; the big files beside
 # them are ancient().
 
+import math
 import os
+import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
 
 from eora import config as cfg
 from eora import manifest as mf
-from eora import stages, store
+from eora import plan, shapes, stages, store
 
 try:
     for _file in workflow.configfiles:
@@ -78,6 +81,59 @@ def script(name):
     """A stage's command. Untracked, as params that depend on input are: the checkout may move."""
     path = Path(workflow.basedir, "scripts", f"{name}.py")
     return lambda wc, input: path
+
+
+# --- How much a job asks for: what `make plan` tells, and more at each attempt. ---
+
+COSTS = {on_gpu: plan.Costs(config, on_gpu) for on_gpu in (True, False)}
+KNOWN_SHAPES = {}
+# Of what is predicted: for what a prediction misses, and a machine that is slower than assumed.
+ROOM = {"mem_mb": 1.25, "gpu_mem_mb": 1.15, "runtime": 2}
+# While the model is not downloaded. Snakemake asks again when a job is ready, and then it is.
+UNKNOWN = {"mem_mb": 16_000, "gpu_mem_mb": 16_000, "runtime": 240}
+
+
+def on_gpu():
+    """Whether GPU jobs will have one. With `auto` a cluster's do, as they ask for it."""
+    if RUNTIME["device"] != "auto":
+        return RUNTIME["device"] != "cpu"
+    return not workflow.local_exec or shutil.which("nvidia-smi") is not None
+
+
+def shapes_of(model):
+    """The model's shapes, None as long as they are not known."""
+    if KNOWN_SHAPES.get(model) is None:
+        made = Path(RESULTS, "models", model)
+        try:
+            KNOWN_SHAPES[model] = shapes.known(config["models"][model], made)
+        except cfg.Mistake:  # told by the jobs that read the model
+            return None
+    return KNOWN_SHAPES[model]
+
+
+@cache
+def predicted(place, gpu):
+    """What a job asks for at its first attempt: mem_mb, gpu_mem_mb and runtime (minutes)."""
+    cost = COSTS[gpu].of(place, KNOWN_SHAPES[dict(place.wildcards)["model"]])
+    cards = plan.CARDS.values() if gpu else [plan.cpu(THREADS)]
+    found = {
+        "mem_mb": plan.total(plan.peak(cost.host)) / 1e6,
+        "gpu_mem_mb": plan.total(plan.peak(cost.device)) / 1e6,
+        "runtime": 60 * max(card.hours(cost) for card in cards),
+    }
+    return {key: math.ceil(value * ROOM[key]) for key, value in found.items()}
+
+
+def sized(stage, resource, least=0):
+    """A resource of a stage's jobs; half as much again with each further attempt."""
+
+    def amount(wc, attempt):
+        gpu = on_gpu()
+        known = shapes_of(wc.model) is not None
+        first = predicted(stages.place(stage, **wc), gpu) if known else UNKNOWN
+        return math.ceil(max(first[resource], least) * (1 + attempt) / 2)
+
+    return amount
 
 
 # --- covariance.smk ---

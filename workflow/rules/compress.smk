@@ -27,8 +27,9 @@ rule compress:
     resources:
         gpu=1,
         device=RUNTIME["device"],
-        mem_mb=16000,
-        runtime=720,
+        mem_mb=sized("compress", "mem_mb"),
+        gpu_mem_mb=sized("compress", "gpu_mem_mb"),
+        runtime=sized("compress", "runtime", least=30),
     params:
         script=script("compress"),
         spec=spec("compress"),

@@ -31,8 +31,9 @@ rule covariance:
         gpu=1,
         device=RUNTIME["device"],
         batch_size=RUNTIME["batch_size"],
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=sized("covariance", "mem_mb"),
+        gpu_mem_mb=sized("covariance", "gpu_mem_mb"),
+        runtime=sized("covariance", "runtime", least=30),
     params:
         script=script("covariance"),
         spec=spec("covariance"),

@@ -20,8 +20,9 @@ rule evaluate:
         gpu=1,
         device=RUNTIME["device"],
         batch_size=lambda wc: config["tasks"][wc.task].get("batch_size", RUNTIME["batch_size"]),
-        mem_mb=16000,
-        runtime=240,
+        mem_mb=sized("evaluate", "mem_mb"),
+        gpu_mem_mb=sized("evaluate", "gpu_mem_mb"),
+        runtime=sized("evaluate", "runtime", least=30),
     params:
         script=script("evaluate"),
         spec=spec("evaluate"),

@@ -1,0 +1,670 @@
+"""What a config costs, told before it runs: memory, disk, work and hours of each job.
+
+Everything follows from the shapes of a model's layers and the config. Memory is a sum of named
+terms for each phase of a job, and the job needs what its largest phase does. Hours are counted
+operations over a card's stated rates times a stated efficiency.
+
+Needs no torch: the rules size their jobs with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eora.config import ORIGINAL, Config, Variant, variants
+from eora.shapes import Block, Layer, Shapes
+from eora.stages import Place, asked
+
+GB = 1e9
+
+# --- Costs: terms of memory, files, operations. ---
+
+
+@dataclass(frozen=True)
+class Term:
+    """Part of what a phase holds in memory, and the setting that makes it smaller, if any."""
+
+    name: str
+    bytes: float
+    setting: str = ""
+
+
+Phase = tuple[Term, ...]
+Memory = tuple[Phase, ...]  # phases that follow each other; what one holds, the next has let go of
+
+
+def peak(memory: Memory) -> Phase:
+    """The phase that holds most."""
+    return max(memory, key=total, default=())
+
+
+def total(phase: Phase) -> float:
+    """Its bytes."""
+    return sum(term.bytes for term in phase)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one job takes.
+
+    Attributes:
+        device: memory of the GPU; empty where none is used.
+        host: memory of the machine.
+        disk: bytes of its result.
+        passing: bytes of its result that are deleted once the next job has read them.
+        work: kind of work -> floating-point operations (memory, disk: bytes), see :class:`Card`.
+    """
+
+    device: Memory
+    host: Memory
+    disk: float
+    work: dict[str, float] = field(default_factory=dict)
+    passing: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        return sum(amount for kind, amount in self.work.items() if kind not in ("memory", "disk"))
+
+
+# Python with what a stage imports, in memory before it does anything. Measured, with this
+# project's locked versions.
+IMPORTS = {
+    "covariance": 0.525,
+    "decompose": 0.54,
+    "compress": 0.58,
+    "evaluate": 0.56,
+    "adapter": 0.52,
+}
+# On a GPU, what CUDA holds before the first tensor: its context and the libraries' workspaces on
+# the device; its libraries and page tables on the host. Common figures, not measured here.
+CUDA_DEVICE, CUDA_HOST = 0.8, 3.0
+# Bytes that AutoRound holds for each weight of the block that it tunes, beside the weights: the
+# rounding value, its gradient and its best copy (4 each), and what autograd keeps of rounding and
+# clamping. Measured on a CPU; AutoRound's own estimate was 13 for each byte of 16-bit weights, 26.
+TUNED = 36
+# Bytes that autograd keeps for each value that a layer gives. Measured likewise.
+KEPT = 10
+# What a task of lm-eval is taken to ask where no limit is set, and how many tokens a question has
+# with its answers. Tasks that write text take longer.
+QUESTIONS, QUESTION_TOKENS = 1_000, 1_000
+
+
+def triangle(width: int) -> float:
+    """Share of a (width, width) matrix that its lower triangle takes in blocks of rows."""
+    blocks = min(16, math.ceil(width / 192))
+    return (1 + 1 / blocks) / 2
+
+
+# The stages whose jobs grow with the model.
+SIZED = (
+    "download_model",
+    "compress",
+    "covariance",
+    "decompose",
+    "adapter",
+    "quantize_adapter",
+    "evaluate",
+)
+
+
+class Costs:
+    """What each job of a config costs on a kind of machine.
+
+    Args:
+        config: the checked config.
+        cuda: whether GPU jobs have a GPU, or run on the CPU.
+    """
+
+    def __init__(self, config: Config, cuda: bool):
+        self.config, self.cuda = config, cuda
+        self.variants = {(v.model, v.name): v for v in variants(config)}
+
+    def of(self, place: Place, model: Shapes) -> Cost:
+        """The cost of the job that makes this result.
+
+        Args:
+            place: the result, of one of the stages in :data:`SIZED`.
+            model: the model's shapes.
+        """
+        names: dict[str, Any] = dict(place.wildcards)
+        name = names.pop("model")
+        if "variant" in names:
+            names["variant"] = self.variants[name, names["variant"]]
+        return getattr(self, f"_{place.stage}")(model, **names)
+
+    def _memory(self, stage: str, *phases: Phase) -> tuple[Memory, Memory]:
+        """Device and host memory of a GPU stage whose phases work on the device."""
+        base = Term("Python", IMPORTS[stage] * GB)
+        if not self.cuda:
+            return (), tuple((base, *phase) for phase in phases)
+        context = Term("CUDA", CUDA_DEVICE * GB)
+        host = (base, Term("CUDA's libraries", CUDA_HOST * GB))
+        return tuple((context, *phase) for phase in phases), (host,)
+
+    def _download_model(self, model: Shapes) -> Cost:
+        # A GGUF file is converted in memory; everything else goes to disk as it comes.
+        return Cost((), ((Term("Python", IMPORTS["evaluate"] * GB),),), model.stored)
+
+    # -- compress --
+
+    def _bits(self, compression: Config, layer: Layer) -> float:
+        """Bits a stored weight of this layer, with its share of scales and zero points."""
+        if any(part in layer.name for part in compression["keep"]):
+            return 16.0
+        group = compression["group_size"]
+        bits = compression["bits"]
+        return bits + (16 + bits) / (group if group > 0 else layer.columns)
+
+    def _packed(self, compression: Config, layers: Iterator[Layer]) -> float:
+        """Bytes of compressed layers."""
+        return sum(layer.parameters * self._bits(compression, layer) / 8 for layer in layers)
+
+    def _compressed(self, model: Shapes, compression: Config) -> float:
+        """Bytes of a compressed model: its layers, and the rest as it was."""
+        plain = model.parameters - sum(layer.parameters for layer in model.layers)
+        return self._packed(compression, model.layers) + plain * model.bytes
+
+    def _compress(self, model: Shapes, compression: str) -> Cost:
+        entry = self.config["compressions"][compression]
+        calibration = self.config["calibrations"][entry["calibration"]]
+        where = f"calibrations.{entry['calibration']}"
+        block = model.largest
+        tuned = sum(layer.parameters for layer in block.layers)
+        cache = calibration["samples"] * calibration["seqlen"] * model.hidden * 2
+        batch = min(entry["batch_size"], calibration["samples"]) * calibration["seqlen"]
+        values = sum(layer.rows * layer.active for layer in block.layers)
+        weights = Term("the block's weights", block.parameters * model.bytes)
+        tuning = (
+            weights,
+            Term("rounding values and what goes with them", tuned * TUNED),
+            Term("samples' hidden states in and out", 2 * cache, f"{where}.samples"),
+            Term(
+                "a batch's activations",
+                batch * values * KEPT,
+                f"compressions.{compression}.batch_size",
+            ),
+        )
+        # Original input and output and quantized input; or original and quantized output, and
+        # quantized input (auto_round/algorithms/composer.py).
+        passing = (
+            weights,
+            Term("samples' hidden states, three times", 3 * cache, f"{where}.samples"),
+        )
+        device, host = self._memory("compress", tuning, passing)
+        whole = Term("the whole model", model.stored)
+        host = tuple((*phase, whole) for phase in host)
+        tokens = calibration["samples"] * calibration["seqlen"]
+        active = sum(block.active for block in model.blocks)
+        layers = sum(layer.parameters for layer in model.layers)
+        return Cost(
+            device,
+            host,
+            self._compressed(model, entry),
+            {
+                # Forward, and backward to activations and to weights; two more passes a block.
+                "tuning": entry["iters"] * batch * active * 6 + tokens * active * 4,
+                # Each step rounds every weight and steps its rounding value.
+                "memory": entry["iters"] * layers * 60,
+                "disk": model.stored,
+            },
+        )
+
+    # -- covariance --
+
+    def _covariance(self, model: Shapes, calibration: str, shard: str, shards: str) -> Cost:
+        entry = self.config["calibrations"][calibration]
+        tokens = entry["samples"] * entry["seqlen"]
+        batch = min(self.config["runtime"]["batch_size"], entry["samples"]) * entry["seqlen"]
+        mine = model.share(int(shard), int(shards))
+        block = max(mine, key=lambda block: _moments(block), default=model.largest)
+        width = 2 if self.cuda else 4
+        widest = max((layer.columns for layer in block.inputs), default=0)
+        sums = sum(n.columns**2 * triangle(n.columns) * n.copies for n in block.inputs) * 8
+        # Of a batch: an MLP's two branches, the function of one and their product; beside them the
+        # states, their norm, and what attention makes of them.
+        values = 4 * widest + 8 * model.hidden
+        states = Term(
+            "hidden states of all samples",
+            tokens * model.hidden * width,
+            f"calibrations.{calibration}.samples",
+        )
+        weights = Term("the block's weights", block.parameters * width)
+        moments = Term("sums of the second moments", sums)
+        forward = (
+            weights,
+            moments,
+            Term("a product on its way to a sum", widest**2 / min(16, math.ceil(widest / 192)) * 4),
+            Term("a batch's activations", batch * values * width, "runtime.batch_size"),
+        )
+        saving = Term("one of them in float32", widest**2 * (triangle(widest) * 4 + 0.5))
+        packed = Term("second moments to be written, twice", 2 * _moments(block))
+        if self.cuda:
+            device, host = self._memory("covariance", forward, (moments, saving))
+            host = tuple((*phase, states, packed) for phase in host)
+        else:
+            device, host = self._memory(
+                "covariance", (*forward, states), (moments, saving, packed, states)
+            )
+        multiplied = sum(
+            n.columns**2 * triangle(n.columns) * 2 * tokens * n.active
+            for some in mine
+            for n in some.inputs
+        )
+        batches = math.ceil(tokens / batch)
+        added = sum(
+            n.columns**2 * triangle(n.columns) * n.copies for some in mine for n in some.inputs
+        )
+        attention = 2 * tokens * entry["seqlen"] * sum(_attention(some) for some in mine)
+        forwarded = 2 * tokens * sum(some.active for some in mine)
+        kept = sum(_moments(some) for some in mine)
+        passing = 0 if int(shard) + 1 == int(shards) else states.bytes
+        return Cost(
+            device,
+            host,
+            kept,
+            {
+                "products" if self.cuda else "single": forwarded + attention + multiplied,
+                "memory": added * batches * 24,  # a float32 product is written, read and added
+                "disk": sum(some.parameters for some in mine) * model.bytes + kept + passing,
+            },
+            passing,
+        )
+
+    # -- decompose --
+
+    def _decompose(
+        self, model: Shapes, compression: str, adapter: str, shard: str, shards: str
+    ) -> Cost:
+        entry = self.config["adapters"][adapter]
+        settings = self.config["compressions"][compression]
+        whole = entry["method"] == "eora"
+        mine = model.share(int(shard), int(shards))
+        block = max(mine, key=lambda block: _moments(block), default=model.largest)
+        setting = f"adapters.{adapter}.max_rank"
+        factors = _factors(block, entry["max_rank"])
+        models = (
+            Term("the block's weights", block.parameters * model.bytes),
+            Term("the same, compressed", self._packed(settings, block.layers)),
+        )
+        phases = [
+            (*models, *_fitting(layer, layer.rank(entry["max_rank"]), whole))
+            for layer in block.layers
+        ]
+        phases += [(*models, *_dequantizing(layer)) for layer in block.layers]
+        held = Term("the block's factors", factors, setting)
+        widest = max(layer.columns for layer in block.layers)
+        packed = Term("a second moment, packed", widest * (widest + 1) / 2 * 4)
+        if self.cuda:
+            device, host = self._memory("decompose", *phases)
+            unpacked = Term("the same, unpacked", widest**2 * 4)
+            host = tuple((*phase, held, packed, unpacked) for phase in host)
+        else:
+            device, host = self._memory("decompose", *((*p, held, packed) for p in phases))
+        work: dict[str, float] = {}
+        for some in mine:
+            for layer in some.layers:
+                for kind, amount in _fit_work(layer, layer.rank(entry["max_rank"]), whole).items():
+                    work[kind] = work.get(kind, 0) + amount * layer.copies
+            for leader in some.inputs if whole else ():
+                if leader.rows > leader.columns:  # the Cholesky factor, shared
+                    work["double"] = work.get("double", 0) + leader.columns**3 / 3 * leader.copies
+        kept = sum(_factors(some, entry["max_rank"]) for some in mine)
+        read = sum(some.parameters * model.bytes + _moments(some) for some in mine)
+        return Cost(device, host, kept, {**work, "disk": read + kept})
+
+    # -- adapter --
+
+    def _adapter(self, model: Shapes, adapter: str, rank: str, **_: str) -> Cost:
+        sliced = sum(_factors(block, int(rank)) for block in model.blocks)
+        source = max(
+            _factors(b, self.config["adapters"][adapter]["max_rank"]) for b in model.blocks
+        )
+        host = (
+            Term("Python", IMPORTS["adapter"] * GB),
+            Term("factors of this rank, in float32 and in 16 bits", sliced * 1.5),
+            Term("one block's factors of all ranks", source),
+        )
+        read = sum(_factors(b, self.config["adapters"][adapter]["max_rank"]) for b in model.blocks)
+        return Cost((), (host,), sliced / 2, {"disk": read + sliced / 2})
+
+    def _quantize_adapter(
+        self, model: Shapes, adapter: str, rank: str, bits: str, **_: str
+    ) -> Cost:
+        group = self.config["adapters"][adapter]["group_size"]
+        sliced = sum(_factors(block, int(rank)) for block in model.blocks) / 2
+        packed = sliced * (int(bits) + 16 / group) / 16
+        host = (
+            Term("Python", IMPORTS["adapter"] * GB),
+            Term("the adapter, in 16 bits and packed", sliced + 2 * packed),
+        )
+        return Cost((), (host,), packed, {"disk": sliced + packed})
+
+    # -- evaluate --
+
+    def _adapter_bytes(self, model: Shapes, variant: Variant) -> float:
+        if variant.adapter is None:
+            return 0.0
+        factors = sum(_factors(block, variant.rank) for block in model.blocks) / 2
+        group = self.config["adapters"][variant.adapter]["group_size"]
+        bits = 16 if variant.adapter_bits == 16 else variant.adapter_bits + 16 / group
+        return factors * bits / 16
+
+    def _evaluate(self, model: Shapes, variant: Variant, task: str) -> Cost:
+        entry = self.config["tasks"][task]
+        batch = entry.get("batch_size", self.config["runtime"]["batch_size"])
+        if "perplexity" in entry:
+            batch, length = min(batch, entry["windows"]), entry["window"]
+            tokens = entry["windows"] * length
+        else:
+            length = QUESTION_TOKENS
+            tokens = entry.get("limit", QUESTIONS) * length
+        dense = variant.compression is None or not self.cuda
+        compression = self.config["compressions"].get(variant.compression, {})
+        loaded = model.stored if dense else self._compressed(model, compression)
+        setting = f"tasks.{task}.batch_size" if "batch_size" in entry else "runtime.batch_size"
+        largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
+        working = (
+            Term("the model", loaded),
+            Term("the adapter", self._adapter_bytes(model, variant)),
+            # 16-bit logits, their float32, and the log-probabilities of those.
+            Term("a batch's logits", batch * length * model.vocabulary * 10, setting),
+            Term(
+                "a batch's activations",
+                batch * length * max(3 * largest.columns, 8 * model.hidden) * 2,
+                setting,
+            ),
+        )
+        phases: list[Phase] = [working]
+        if variant.compression is not None:
+            unpacked = Term("a layer, unpacked", largest.rows * largest.columns * 10)
+            if self.cuda:
+                phases = [(*working, unpacked)]
+            else:  # made dense once, layer by layer
+                packed = Term("packed layers", self._packed(compression, model.layers))
+                phases.append((working[0], packed, *_dequantizing(largest)))
+        device, host = self._memory("evaluate", *phases)
+        if self.cuda:  # one file of weights on its way; transformers cuts them at 50 GB at most
+            host = tuple((*p, Term("weights on their way", min(loaded, 5 * GB))) for p in host)
+        active = sum(block.active for block in model.blocks)
+        head = model.hidden * model.vocabulary
+        return Cost(
+            device,
+            host,
+            0.0,
+            {"products": 2 * tokens * (active + head), "disk": loaded},
+        )
+
+
+def _moments(block: Block) -> float:
+    """Bytes of a block's second moments on disk: packed lower triangles in float32."""
+    return sum(n.columns * (n.columns + 1) / 2 * 4 * n.copies for n in block.inputs)
+
+
+def _factors(block: Block, rank: int) -> float:
+    """Bytes of a block's factors of this rank in float32."""
+    return sum(
+        layer.rank(rank) * (layer.rows + layer.columns) * 4 * layer.copies for layer in block.layers
+    )
+
+
+def _attention(block: Block) -> int:
+    """Width of all heads: what attention writes, and its output layer reads."""
+    return max(
+        (n.columns for n in block.layers if "attn" in n.name or "attention" in n.name), default=0
+    )
+
+
+def _dequantizing(layer: Layer) -> Phase:
+    """What unpacking a compressed layer takes: an identity goes through the layer's own forward."""
+    rows, columns = layer.rows, layer.columns
+    return (
+        Term("an identity", columns**2 * 4),
+        Term("the layer, unpacked", rows * columns * 15),
+    )
+
+
+def _fitting(layer: Layer, rank: int, whole: bool) -> Phase:
+    """What the low-rank fit of one layer holds; see :mod:`eora.solver`.
+
+    Args:
+        layer: its shape.
+        rank: what is fitted.
+        whole: whether errors are measured by the whole second moment, not by its diagonal.
+    """
+    rows, columns = layer.rows, layer.columns
+    small = min(rows, columns)
+    error = Term("the layer's error, and scaled", rows * columns * 4 * 2)
+    moment = Term("its input's second moment", columns**2 * 4)
+    # The matrix and its eigenvectors, with room to work; or the matrix, a Krylov space and a proof.
+    eigen = Term("the eigenproblem", small**2 * 8 * 3)
+    if rows <= columns:
+        products = Term("products", (rows * columns + 2 * rows**2) * 4)
+        return error, moment, products, eigen
+    root = Term("its Cholesky factor", columns**2 * (8 + 4) * whole)
+    products = Term("products", columns**2 * 4 * 2 + rows * rank * 8 * 3)
+    return error, moment, root, products, eigen
+
+
+def _fit_work(layer: Layer, rank: int, whole: bool) -> dict[str, float]:
+    """Operations of one layer's fit, by kind."""
+    rows, columns = layer.rows, layer.columns
+    small = min(rows, columns)
+    single = 2 * rows * columns**2  # an identity through the compressed layer
+    double = 0.0
+    if rows <= columns:
+        single += rows * columns**2 * whole + 2 * rows**2 * columns
+    else:
+        single += rows * columns**2 + 2 * columns**3 * whole
+        double += 2 * columns**2 * rank + 2 * rows * columns * rank + 4 * rows * rank**2
+    work = {"single": single + 2 * rows * columns * rank, "double": double}
+    if small >= 2000 and 16 * rank <= small:  # see eora.eigen: a Krylov space, and its proof
+        work["single"] += 2 * small**2 * 6 * rank
+        work["double"] += small**3 / 3 + 4 * 2 * small**2 * rank
+    else:  # tridiagonalisation, divide and conquer, back-transformation
+        work["eigen"] = small**3 * (4 / 3 + 4 / 3 + 2)
+    return work
+
+
+# --- Cards. ---
+
+
+@dataclass(frozen=True)
+class Card:
+    """A machine's rates.
+
+    Attributes:
+        title: how tables name it.
+        memory: bytes; 0 where it is the machine's own.
+        half, single, double: peak operations a second in bfloat16 with float32 sums, float32 and
+            float64, as the maker states them (dense, tensor cores where float32 is not shortened).
+        bandwidth: of its memory, bytes a second.
+        efficiency: kind of work -> share of the peak that is reached.
+    """
+
+    title: str
+    memory: float
+    half: float
+    single: float
+    double: float
+    bandwidth: float
+    efficiency: Mapping[str, float]
+
+    def holds(self, cost: Cost) -> bool:
+        """Whether a job fits its memory, a twentieth of which is lost to fragments."""
+        return not self.memory or total(peak(cost.device)) <= 0.95 * self.memory
+
+    def hours(self, cost: Cost) -> float:
+        """How long a job of this cost takes."""
+        rates = {
+            "products": self.half,
+            "tuning": self.half,
+            "single": self.single,
+            "double": self.double,
+            "eigen": self.double,
+            "memory": self.bandwidth,
+            "disk": 1 * GB,
+        }
+        if not cost.work:
+            return 0.0
+        seconds = sum(
+            amount / (rates[kind] * self.efficiency.get(kind, 1.0))
+            for kind, amount in cost.work.items()
+        )
+        return (seconds + _START) / 3600
+
+
+# Seconds from a job's start to its work: imports, and on a GPU its context.
+_START = 20
+# Nothing below was measured on a GPU of ours; these are cautious readings of others' figures.
+_ON_GPU = {
+    "products": 0.5,  # large 16-bit products reach 60-75 % of peak; norms and rotations share time
+    "tuning": 0.35,  # AutoRound's steps are forward and backward with rounding between products
+    "single": 0.6,  # cuBLAS in float32 reaches 80-90 % on large squares; here many are narrow
+    "double": 0.6,
+    "eigen": 0.04,  # cuSOLVER's syevd: half of it is matrix-vector products, bound by memory
+    "memory": 0.6,
+    "disk": 1.0,  # a local NVMe disk at 1 GB/s; a network file system may be far slower
+}
+_ON_CPU = {
+    "products": 0.5,
+    "tuning": 0.15,
+    "single": 0.8,
+    "double": 0.8,
+    "eigen": 0.4,  # measured: 2,000 x 2,000 by LAPACK on one core in 1.9 s
+    "memory": 0.8,
+    "disk": 0.5,
+}
+# Where float64 is weak (RTX 4090, L40S: 1/64 of float32), the eigenproblem's products reach more of
+# that small peak: what bounds them is memory, as elsewhere.
+_WEAK_DOUBLE = {**_ON_GPU, "eigen": 0.3}
+
+CARDS = {
+    "a100-80g": Card("A100", 80 * GB, 312e12, 19.5e12, 19.5e12, 2.04e12, _ON_GPU),
+    "h100": Card("H100", 80 * GB, 989e12, 67e12, 67e12, 3.35e12, {**_ON_GPU, "eigen": 0.02}),
+    "rtx-4090": Card("4090", 24 * GB, 165e12, 82.6e12, 1.29e12, 1.01e12, _WEAK_DOUBLE),
+    "l40s": Card("L40S", 48 * GB, 362e12, 91.6e12, 1.43e12, 0.86e12, _WEAK_DOUBLE),
+}
+
+
+def cpu(cores: int) -> Card:
+    """So many cores of a server with AVX-512, by the rates of one such core that we measured."""
+    return Card(
+        f"{cores} cores", 0, cores * 200e9, cores * 75e9, cores * 45e9, cores * 5e9, _ON_CPU
+    )
+
+
+# --- A config's whole plan. ---
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A row's jobs on one card: hours, one after the other; of its longest; whether all fit."""
+
+    card: str
+    hours: float
+    longest: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """Jobs of a model that are alike.
+
+    Attributes:
+        label: their stage, and what sets them apart from others of it.
+        jobs: how many.
+        gpu, host: what the job that needs most holds at its peak, with a GPU; no gpu without one.
+        cpu: the same where jobs run on the CPU; empty where no such machine is asked for.
+        disk, operations: of all jobs.
+        cards: one for each machine asked for.
+    """
+
+    label: str
+    jobs: int
+    gpu: Phase
+    host: Phase
+    cpu: Phase
+    disk: float
+    operations: float
+    cards: tuple[Estimate, ...]
+
+
+def _label(place: Place) -> str:
+    names = dict(place.wildcards)
+    if place.stage == "evaluate":
+        return "evaluate original" if names["variant"] == ORIGINAL else "evaluate compressed"
+    which = {"compress": "compression", "covariance": "calibration"}.get(place.stage, "adapter")
+    return f"{place.stage} {names.get(which, '')}".strip()
+
+
+def plan(config: Config, model: str, shapes: Shapes, cards: list[str], cores: int) -> list[Row]:
+    """All sizeable jobs of a model, those that are alike together, in the order of the stages.
+
+    Args:
+        config: the checked config.
+        model: its name there.
+        shapes: the model's shapes.
+        cards: names among :data:`CARDS`, or cpu.
+        cores: of the CPU.
+    """
+    known = {name: cpu(cores) if name == "cpu" else CARDS[name] for name in cards}
+    costs = {cuda: Costs(config, cuda) for cuda in (True, False)}
+    alike: dict[str, list[Place]] = {}
+    for place in asked(config):
+        if dict(place.wildcards).get("model") == model and place.stage in SIZED:
+            alike.setdefault(_label(place), []).append(place)
+    rows = []
+    for label, places in alike.items():
+        gpu, plain = ([costs[cuda].of(place, shapes) for place in places] for cuda in (True, False))
+        on_gpu = any(card.memory for card in known.values())
+        estimates = []
+        for card in known.values():
+            some = gpu if card.memory else plain
+            hours = [card.hours(cost) for cost in some]
+            fits = all(card.holds(cost) for cost in some)
+            estimates.append(Estimate(card.title, sum(hours), max(hours), fits))
+        rows.append(
+            Row(
+                label,
+                len(places),
+                _worst(cost.device for cost in gpu) if on_gpu else (),
+                _worst(cost.host for cost in gpu) if on_gpu else (),
+                _worst(cost.host for cost in plain) if "cpu" in known else (),
+                sum(cost.disk for cost in gpu) + max(cost.passing for cost in gpu),
+                sum(cost.operations for cost in gpu),
+                tuple(estimates),
+            )
+        )
+    return rows
+
+
+def _worst(memories: Iterable[Memory]) -> Phase:
+    return max(map(peak, memories), key=total, default=())
+
+
+LONG = 12  # hours of one job, all lost if it is killed
+
+
+def warnings(row: Row) -> Iterator[str]:
+    """What of a row does not fit, or takes long, and the setting that mends it."""
+    small = [estimate.card for estimate in row.cards if not estimate.fits]
+    if small:
+        need = total(row.gpu)
+        savings: dict[str, float] = {}
+        for term in row.gpu:
+            if term.setting:
+                savings[term.setting] = savings.get(term.setting, 0) + term.bytes
+        largest = sorted(savings.items(), key=lambda item: -item[1])
+        mends = [f"lower {key} ({size / GB:,.1f} GB)" for key, size in largest if size > need / 20]
+        least = need - sum(savings.values())
+        yield (
+            f"{row.label} needs {need / GB:,.0f} GB of GPU memory, too much for {', '.join(small)}:"
+            f" {' or '.join([*mends, 'take a larger card'])}; {least / GB:,.0f} GB of it stay"
+        )
+    long = [e for e in row.cards if e.longest > LONG]
+    if long and row.label.startswith(("covariance", "decompose")):
+        told = ", ".join(f"{e.longest:,.0f} h on {e.card}" for e in long)
+        yield f"{row.label}: a job takes {told}, lost if it is killed: raise covariance.shards"
