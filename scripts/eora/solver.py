@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from eora import eigen
+from eora.triangles import row_blocks
 
 Method = Literal["eora", "diagonal", "svd"]
 
@@ -52,14 +53,9 @@ class Factors:
     residual: Tensor
 
 
-def _blocks(size: int) -> list[slice]:
-    step = max(256, -(-size // 8))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
 def _mirrored(lower: Tensor) -> Tensor:
     """The symmetric matrix of this lower triangle, in place; of the upper, nothing is read."""
-    for rows in _blocks(len(lower)):
+    for rows in row_blocks(len(lower)):
         corner = lower[rows, rows].tril()
         lower[rows, rows] = corner + corner.tril(-1).T
         lower[: rows.start, rows] = lower[rows, : rows.start].T
@@ -69,7 +65,7 @@ def _mirrored(lower: Tensor) -> Tensor:
 def _symmetric(left: Tensor, right: Tensor) -> Tensor:
     """left (n, k) @ right (k, n), known to be symmetric: the lower triangle is multiplied."""
     product = left.new_empty(len(left), len(left))
-    for rows in _blocks(len(left)):
+    for rows in row_blocks(len(left)):
         product[rows, : rows.stop] = left[rows] @ right[:, : rows.stop]
     return _mirrored(product)
 
@@ -77,7 +73,7 @@ def _symmetric(left: Tensor, right: Tensor) -> Tensor:
 def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
     """left (m, n) @ lower (n, n), whose upper triangle is zero and not multiplied."""
     product = torch.empty_like(left)
-    for columns in _blocks(len(lower)):
+    for columns in row_blocks(len(lower)):
         product[:, columns] = left[:, columns.start :] @ lower[columns.start :, columns]
     return product
 
@@ -85,7 +81,7 @@ def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
 def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
     """left (m, n) @ T, where the symmetric ``matrix`` (n, n) is T + T^T and T lower-triangular."""
     product = torch.empty_like(left)
-    for columns in _blocks(len(matrix)):
+    for columns in row_blocks(len(matrix)):
         corner = matrix[columns, columns].tril()
         corner.diagonal().div_(2)
         torch.matmul(left[:, columns], corner, out=product[:, columns])
@@ -98,7 +94,7 @@ def _is_finite(lower: Tensor) -> bool:
     return all(
         torch.isfinite(lower[rows, : rows.start]).all()
         and torch.isfinite(lower[rows, rows].tril()).all()
-        for rows in _blocks(len(lower))
+        for rows in row_blocks(len(lower))
     )
 
 
@@ -164,7 +160,7 @@ def _inner(error: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     root = metric.root.to(error.dtype)
     gram = _symmetric(error.T, error)
     right = _times_lower(gram, root)
-    for rows in _blocks(len(gram)):
+    for rows in row_blocks(len(gram)):
         below = slice(rows.start, None)
         gram[rows, : rows.stop] = root[below, rows].T @ right[below, : rows.stop]
     return _mirrored(gram), metric.root
@@ -204,7 +200,7 @@ def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
         values, v = eigen.top(objective, rank)
         seen = root @ v if root.shape[1] > 1 else root * v
         # D S v / sigma, orthonormal but for rounding; QR makes it so and keeps the order.
-        image = torch.cat([error[rows].double() @ seen for rows in _blocks(out_features)])
+        image = torch.cat([error[rows].double() @ seen for rows in row_blocks(out_features)])
         u = torch.linalg.qr(image).Q
     total = objective.diagonal().double().sum()
 
