@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run plan status clean-orphans prune test lint lock clean
+.PHONY: help env .venv run plan status clean-orphans prune bench .cache/peer test lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -28,7 +28,9 @@ LOCK ?= $(shell if nvidia-smi -L 2>/dev/null | grep GPU >/dev/null; then \
 IN_ENV := export PATH="$(CURDIR)/.venv/bin:$$PATH" &&
 UV := .cache/uv/bin/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 \
-	--custom-compile-command "make lock" envs/requirements.in
+	--custom-compile-command "make lock"
+# The packages that only torch's CUDA build needs, in the lock that is given.
+WITHOUT_CUDA = $$(sed -nE 's/^((nvidia|cuda|triton)[^=]*)==.*/--no-emit-package \1/p' $(1))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,22 @@ clean-orphans: env ## list results that the config no longer names (ARGS=--yes d
 prune: env ## list kept results that no present result uses (ARGS=--yes deletes them)
 	$(IN_ENV) python scripts/prune.py $(ARGS)
 
+# GPTQModel wants other versions than we do: it has an environment of its own, made as .venv is.
+# --no-deps: the lock is complete, and its torch is ours (see benchmarks/peer.in).
+.cache/peer:
+	$(NEED_PYTHON)
+	@cmp -s benchmarks/peer.txt .cache/peer/installed.txt || { set -x; \
+		"$(PYTHON)" -m venv --clear .cache/peer; \
+		.cache/peer/bin/python -m pip install --quiet "pip==$(PIP_VERSION)"; \
+		.cache/peer/bin/python -m pip install --no-deps --requirement benchmarks/peer.txt; \
+		cp benchmarks/peer.txt .cache/peer/installed.txt; }
+
+# Not empty where the benchmarks that are asked for need GPTQModel.
+PEER = $(if $(filter --without-peer,$(ARGS)),,$(if $(filter --only,$(ARGS)),$(filter peer,$(ARGS)),yes))
+
+bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=--without-peer)
+	$(IN_ENV) python benchmarks/run.py $(ARGS)
+
 test: env lint ## lint, then run the tests (ARGS="-k name")
 	$(IN_ENV) pytest $(ARGS)
 
@@ -76,11 +94,13 @@ $(UV): Makefile
 	touch $(UV)
 
 # The CPU lock is the CUDA lock less the packages that only torch's CUDA build needs.
-lock: $(UV) ## remake both locks (LOCKFLAGS=--upgrade for newer indirect packages)
-	$(COMPILE) --output-file envs/cuda.txt $(LOCKFLAGS)
+lock: $(UV) ## remake all locks (LOCKFLAGS=--upgrade for newer indirect packages)
+	$(COMPILE) envs/requirements.in --output-file envs/cuda.txt $(LOCKFLAGS)
 	cp envs/cuda.txt envs/cpu.txt
-	$(COMPILE) --output-file envs/cpu.txt $$(sed -nE \
-		's/^((nvidia|cuda|triton)[^=]*)==.*/--no-emit-package \1/p' envs/cuda.txt)
+	$(COMPILE) envs/requirements.in --output-file envs/cpu.txt \
+		$(call WITHOUT_CUDA,envs/cuda.txt)
+	$(COMPILE) benchmarks/peer.in --override benchmarks/peer.in \
+		--output-file benchmarks/peer.txt $(call WITHOUT_CUDA,envs/cuda.txt) $(LOCKFLAGS)
 
 clean: ## remove .venv and caches; results stay
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis

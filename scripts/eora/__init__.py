@@ -3,6 +3,7 @@
 The library under eoraflow's stages. It knows nothing of Snakemake and can be used by hand:
 
     solver        compression error + second moment -> nested low-rank factors (pure tensors)
+    eigen         the largest eigenpairs of a matrix, directly or iterated and certified
     covariance    second moments of every decoder linear layer's input
     streaming     one decoder block at a time from a safetensors folder
     adapters      PEFT and packed low-bit adapter folders

@@ -15,7 +15,7 @@ Where out > in the same U comes from the in-side: with ``C = S S^T`` and the rig
 V of ``D S``, ``U = D S V / sigma``. So no eigenproblem is larger than min(out, in).
 
 The large products take the error's own precision (float32 for stored weights); what is left of the
-problem after them, min(out, in) wide, is solved in float64.
+problem after them, min(out, in) wide, is solved in float64 (:mod:`eora.eigen`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from eora import eigen
+from eora.triangles import row_blocks
 
 Method = Literal["eora", "diagonal", "svd"]
 
@@ -51,24 +53,27 @@ class Factors:
     residual: Tensor
 
 
-def _blocks(size: int) -> list[slice]:
-    step = max(256, -(-size // 8))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def _mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of this lower triangle, in place; of the upper, nothing is read."""
+    for rows in row_blocks(len(lower)):
+        corner = lower[rows, rows].tril()
+        lower[rows, rows] = corner + corner.tril(-1).T
+        lower[: rows.start, rows] = lower[rows, : rows.start].T
+    return lower
 
 
 def _symmetric(left: Tensor, right: Tensor) -> Tensor:
     """left (n, k) @ right (k, n), known to be symmetric: the lower triangle is multiplied."""
     product = left.new_empty(len(left), len(left))
-    for rows in _blocks(len(left)):
+    for rows in row_blocks(len(left)):
         product[rows, : rows.stop] = left[rows] @ right[:, : rows.stop]
-        product[: rows.start, rows] = product[rows, : rows.start].T
-    return product
+    return _mirrored(product)
 
 
 def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
     """left (m, n) @ lower (n, n), whose upper triangle is zero and not multiplied."""
     product = torch.empty_like(left)
-    for columns in _blocks(len(lower)):
+    for columns in row_blocks(len(lower)):
         product[:, columns] = left[:, columns.start :] @ lower[columns.start :, columns]
     return product
 
@@ -76,7 +81,7 @@ def _times_lower(left: Tensor, lower: Tensor) -> Tensor:
 def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
     """left (m, n) @ T, where the symmetric ``matrix`` (n, n) is T + T^T and T lower-triangular."""
     product = torch.empty_like(left)
-    for columns in _blocks(len(matrix)):
+    for columns in row_blocks(len(matrix)):
         corner = matrix[columns, columns].tril()
         corner.diagonal().div_(2)
         torch.matmul(left[:, columns], corner, out=product[:, columns])
@@ -84,12 +89,22 @@ def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
     return product
 
 
+def _is_finite(lower: Tensor) -> bool:
+    """Whether a lower triangle is finite; piece by piece, as isfinite copies what it looks at."""
+    return all(
+        torch.isfinite(lower[rows, : rows.start]).all()
+        and torch.isfinite(lower[rows, rows].tril()).all()
+        for rows in row_blocks(len(lower))
+    )
+
+
 class Metric:
     """What a method measures errors by: C, as scales and correlations. Shared by all layers that
     read the same input.
 
     Args:
-        second_moment: (in, in), E[x x^T]; symmetric, positive semidefinite, of any rank.
+        second_moment: (in, in), E[x x^T]; symmetric, positive semidefinite, of any rank. Its lower
+            triangle is read, and what is above the diagonal is not: it may hold anything.
         method: ``eora`` measures by the second moment itself, ``diagonal`` by its diagonal alone
             (LQER, ACT-S), ``svd`` by the identity (plain SVD of the error, ZeroQuant-V2).
 
@@ -100,7 +115,7 @@ class Metric:
     def __init__(self, second_moment: Tensor, method: Method):
         if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
             raise ValueError(f"a second moment is square, got {tuple(second_moment.shape)}")
-        if not torch.isfinite(second_moment).all():
+        if not _is_finite(second_moment):
             raise ValueError("the second moment holds values that are not finite")
         if method not in ("eora", "diagonal", "svd"):
             raise ValueError(f"unknown method {method!r}: eora, diagonal or svd")
@@ -115,15 +130,15 @@ class Metric:
     @cached_property
     def root(self) -> Tensor:
         """Lower-triangular S (in, in) float64 with S S^T = C / unit, whatever C's rank."""
-        lower = self.moment.tril().double().div_(self.unit)  # all that the next two read
-        regular = lower.clone()
-        regular.diagonal().mul_(1 + _JITTER).add_(_JITTER**2)
-        found, failed = torch.linalg.cholesky_ex(regular)
-        if not failed:
-            found[self.channels == 0] = 0  # never seen
-            return found
-        values, vectors = torch.linalg.eigh(lower)
-        return torch.linalg.qr((vectors * values.clamp(min=0).sqrt()).T, mode="r").R.T.contiguous()
+        lower = self.moment.to(torch.float64, copy=True).div_(self.unit)
+        lower.diagonal().mul_(1 + _JITTER).add_(_JITTER**2)
+        root, failed = torch.linalg.cholesky_ex(lower)
+        if failed:
+            values, vectors = torch.linalg.eigh(lower)
+            root = (vectors * values.clamp(min=0).sqrt()).T
+            root = torch.linalg.qr(root, mode="r").R.T.contiguous()
+        root[self.channels == 0] = 0  # never seen
+        return root
 
 
 def _outer(error: Tensor, metric: Metric) -> Tensor:
@@ -145,23 +160,10 @@ def _inner(error: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     root = metric.root.to(error.dtype)
     gram = _symmetric(error.T, error)
     right = _times_lower(gram, root)
-    for rows in _blocks(len(gram)):
+    for rows in row_blocks(len(gram)):
         below = slice(rows.start, None)
         gram[rows, : rows.stop] = root[below, rows].T @ right[below, : rows.stop]
-        gram[: rows.start, rows] = gram[rows, : rows.start].T
-    return gram, metric.root
-
-
-def _top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The ``rank`` largest eigenvalues of ``matrix``, descending and >= 0, with eigenvectors."""
-    if matrix.is_cuda or len(matrix) < 1000 or rank > len(matrix) // 2:
-        values, vectors = torch.linalg.eigh(matrix)
-        values, vectors = values[-rank:], vectors[:, -rank:]
-    else:  # LAPACK computes the vectors that are wanted, where torch has all of them or none
-        wanted = (len(matrix) - rank, len(matrix) - 1)
-        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=wanted, check_finite=False)
-        values, vectors = map(torch.from_numpy, found)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    return _mirrored(gram), metric.root
 
 
 def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
@@ -186,21 +188,21 @@ def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
         )
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, got {max_rank}")
-    if not torch.isfinite(error).all():
+    if not torch.stack(error.aminmax()).isfinite().all():
         raise ValueError("the error holds values that are not finite")
     error = error.to(torch.promote_types(error.dtype, torch.float32))
     rank = min(max_rank, out_features, in_features)
     if out_features <= in_features:
-        objective = _outer(error, metric).double()
-        values, u = _top(objective, rank)
+        objective = _outer(error, metric)
+        values, u = eigen.top(objective, rank)
     else:
-        gram, root = _inner(error, metric)
-        objective = gram.double()
-        values, v = _top(objective, rank)
+        objective, root = _inner(error, metric)
+        values, v = eigen.top(objective, rank)
         seen = root @ v if root.shape[1] > 1 else root * v
         # D S v / sigma, orthonormal but for rounding; QR makes it so and keeps the order.
-        u = torch.linalg.qr(error.double() @ seen).Q
-    total = objective.trace()
+        image = torch.cat([error[rows].double() @ seen for rows in row_blocks(out_features)])
+        u = torch.linalg.qr(image).Q
+    total = objective.diagonal().double().sum()
 
     noise = values <= _NOISE * values[:1]
     values = values.masked_fill(noise, 0)
