@@ -80,7 +80,7 @@ def theirs(python: Path, rank: int, out: Path, batch_size: int) -> tuple[Cost, f
             *("--out", out / "adapter"),
         ],
         PLACE / "logs" / f"gptqmodel-{out.name}.log",
-        # Its own choice (half of the cores, at most 12), but two workers where that would be one.
+        # Its own choice (half of the cores, at most 12), but never one: its loader asks for two.
         GPTQMODEL_CPU_WORKERS=str(max(2, min(12, (os.cpu_count() + 1) // 2))),
         HF_HUB_OFFLINE="1",
     )
