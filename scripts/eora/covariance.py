@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eora.streaming import BlockStream, linear_layers
+from eora.architectures import Experts, experts, linear_layers
+from eora.streaming import BlockStream
 
 Batch = tuple[Tensor, Tensor | None]  # input_ids (batch, seq), attention_mask or None
 
@@ -36,6 +37,20 @@ class SecondMoment:
         product = (x.T @ x).double()
         self.sum = product if self.sum is None else self.sum.add_(product)
         self.tokens += len(x)
+
+    @classmethod
+    def pooled(cls, moments: list[SecondMoment]) -> SecondMoment:
+        """That of all their tokens together."""
+        total = cls()
+        total.sum = sum(moment.sum for moment in moments)
+        total.tokens = sum(moment.tokens for moment in moments)
+        return total
+
+    def scaled(self, tokens: int) -> SecondMoment:
+        """That of ``tokens`` average ones of its tokens."""
+        total = SecondMoment()
+        total.sum, total.tokens = self.sum * (tokens / self.tokens), tokens
+        return total
 
     def mean(self) -> Tensor:
         """C (in, in) float32: the sum over real tokens divided by their number."""
@@ -55,23 +70,84 @@ class BlockMoments:
     shared: dict[str, str] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
 
-    def hooks(self, layers: dict[str, nn.Module], mask: Tensor | None) -> list[Any]:
-        """Forward hooks that add one batch; ``mask`` (batch, seq) bool drops padding."""
+    def hooks(
+        self, layers: dict[str, nn.Module], mask: Tensor | None, moe: dict[str, Experts]
+    ) -> list[Any]:
+        """Forward hooks that add one batch; ``mask`` (batch, seq) bool drops padding.
+
+        A layer of an expert adds the tokens that are routed to it, each times its routing weight:
+        by so much the layer's error at this token is multiplied before it reaches the residual
+        stream, so the token weighs by the weight's square.
+
+        Args:
+            layers: see :func:`linear_layers`.
+            moe: the block's experts, see :func:`experts`; told of the padding, they get none.
+        """
+        for routed in moe.values():
+            routed.real = None if mask is None else mask.flatten()
         seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensor, so that its id stays its own
 
         def hook_for(name: str) -> Callable:
+            owner = next((m for at, m in moe.items() if name.startswith(f"{at}.")), None)
+
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 x = args[0]
                 _, leader = seen.setdefault(id(x), (x, name))
                 if self.shared.setdefault(name, leader) != leader:
                     raise RuntimeError(f"{name} does not read the same input in every batch")
                 if leader == name:
-                    rows = x.flatten(0, -2) if mask is None else x[mask]
+                    rows = x.flatten(0, -2)
+                    if owner is not None:
+                        rows = rows.float() * owner.routing[:, None]
+                    elif mask is not None:
+                        rows = rows[mask.flatten()]
                     self.moments.setdefault(name, SecondMoment()).add(rows)
 
             return hook
 
         return [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+
+
+# What an expert's layers read: the first that reads it -> all that do.
+_EXPERT_INPUTS = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def fill_experts(block: BlockMoments, moe: dict[str, Experts], minimum: int) -> dict[str, int]:
+    """Make up for the tokens that a block's experts did not see, in place.
+
+    An expert that fewer than ``minimum`` tokens were routed to counts as if average ones had been
+    routed to it as well, up to that number: with the sum S over its n tokens and the mean P over
+    all tokens of all experts beside it, for inputs of the same kind (of gate and up, or of down),
+    its second moment is ``(S + (minimum - n) P) / minimum``. Few tokens span few directions, so
+    its own moment would leave errors in all others for free. What it did see still counts, and at
+    ``minimum`` tokens nothing jumps. An expert that saw none takes P.
+
+    Args:
+        block: after all batches.
+        moe: the block's experts.
+        minimum: at least 1.
+
+    Returns:
+        Local name -> number of its own tokens, of the experts that were made up for.
+    """
+    few: dict[str, int] = {}
+    for name, module in moe.items():
+        for leader, readers in _EXPERT_INPUTS.items():
+            own = [block.moments.get(f"{name}.{i}.{leader}") for i in range(module.size)]
+            pool = SecondMoment.pooled([moment for moment in own if moment is not None])
+            for i, moment in enumerate(own):
+                expert = f"{name}.{i}"
+                tokens = 0 if moment is None else moment.tokens
+                if tokens >= minimum:
+                    continue
+                few[expert] = tokens
+                filled = pool.scaled(minimum - tokens)
+                if moment is not None:
+                    filled = SecondMoment.pooled([moment, filled])
+                block.moments[f"{expert}.{leader}"] = filled
+                for reader in readers:
+                    block.shared[f"{expert}.{reader}"] = f"{expert}.{leader}"
+    return few
 
 
 def batches(input_ids: Tensor, lengths: Tensor, size: int) -> list[Batch]:
@@ -124,11 +200,11 @@ def run_shard(
     for index in progress(range(first, blocks.stop)):
         moments = BlockMoments()
         with stream.block(index) as block:
-            layers = linear_layers(block)
+            layers, moe = linear_layers(block), experts(block)
             for i, (ids, mask) in enumerate(data):
                 _, calls = stream.calls(ids, mask)
                 real = None if mask is None else mask.to(stream.device)
-                hooks = moments.hooks(layers, real) if index in blocks else []
+                hooks = moments.hooks(layers, real, moe) if index in blocks else []
                 try:
                     output = block(hidden[i].to(stream.device), **calls[index])
                 finally:

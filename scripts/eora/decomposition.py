@@ -10,8 +10,9 @@ from torch import Tensor
 
 from eora import covariance, solver
 from eora.adapters import Pair
+from eora.architectures import dense_weight, linear_layers
 from eora.errors import Mistake
-from eora.streaming import BlockStream, dense_weight, linear_layers
+from eora.streaming import BlockStream
 
 
 def decompose_block(

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eora.architectures import dense_weight
 from eora.lowrank import attach
-from eora.streaming import dense_weight
 
 
 def portable_quantization(config) -> AutoRoundConfig | None:

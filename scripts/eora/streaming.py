@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
+from eora import architectures
 from eora.errors import Mistake
 
 INDEX = "model.safetensors.index.json"
@@ -49,39 +50,6 @@ def shard_range(shard: int, shards: int, blocks: int) -> range:
     return range(shard * blocks // shards, (shard + 1) * blocks // shards)
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks: its ModuleList with one entry a hidden layer.
-
-    Raises:
-        Mistake: no such list, so the architecture is not supported.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise Mistake(
-        f"{type(model).__name__}: no list of {depth} decoder blocks found; this architecture is "
-        "not supported, name another model"
-    )
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers how the model calls it and passes hidden states on."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        # Models ask a block for such things before calling it (sliding or full attention).
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-        self.hidden: Tensor | None = None
-        self.kwargs: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
-
-
 class BlockStream:
     """A causal language model in a safetensors folder, with one decoder block loaded at a time.
 
@@ -108,11 +76,16 @@ class BlockStream:
             self.model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-        if getattr(config, "quantization_config", None) is not None:
+        architectures.split_experts(self.model)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if quantized:
             self._quantize_skeleton()
         self.model.eval()
-        self.prefix, self.blocks = decoder_blocks(self.model)
+        self.prefix, self.blocks = architectures.decoder_blocks(self.model)
+        self._stored = architectures.stored_tensors(self.model, self._files)
         self._stem_loaded = False
+        if not quantized:  # its original was looked at
+            architectures.check_weights(self.model, self.blocks)
 
     def _quantize_skeleton(self) -> None:
         """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""
@@ -124,7 +97,7 @@ class BlockStream:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
         quantizer.validate_environment(device_map={"": str(self.device)})
         self.model.config.quantization_config = quantization
-        with torch.device("meta"):
+        with torch.device("meta"), architectures.kept_conversions(self.model.config.model_type):
             quantizer.preprocess_model(model=self.model)
 
     def __len__(self) -> int:
@@ -135,10 +108,16 @@ class BlockStream:
         return f"{self.prefix}.{index}"
 
     def _read(self, name: str) -> Tensor:
-        path = self._files[name]
+        stored = self._stored[name]
+        path = self._files[stored.name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt", device="cpu")
-        tensor = self._open[path].get_tensor(name)
+        file = self._open[path]
+        tensor = (
+            file.get_slice(stored.name)[stored.part]
+            if stored.part
+            else file.get_tensor(stored.name)
+        )
         if self.dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(self.dtype)
         return tensor.to(self.device)
@@ -151,7 +130,7 @@ class BlockStream:
             full = f"{name}.{local}" if name else local
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
-            if full in self._files:
+            if full in self._stored:
                 value = self._read(full)
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
@@ -212,7 +191,7 @@ class BlockStream:
         """
         if not self._stem_loaded:
             self._load_stem()
-        recorders = [_Recorder(block) for block in self.blocks]
+        recorders = [architectures.Recorder(block) for block in self.blocks]
         parent_name, _, leaf = self.prefix.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         setattr(parent, leaf, nn.ModuleList(recorders))
@@ -224,32 +203,5 @@ class BlockStream:
             )
         finally:
             setattr(parent, leaf, self.blocks)
+        architectures.check_calls(self.model, recorders)
         return recorders[0].hidden, [recorder.kwargs for recorder in recorders]
-
-
-def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Local name -> layer, for every linear layer of a block, plain or quantized, in order.
-
-    A quantized layer is a leaf that holds packed weights (``qweight``) in place of ``weight``.
-    """
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) or hasattr(module, "qweight")
-    }
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight (out, in), dequantized by the layer's own forward where it is packed.
-
-    The forward of the identity is exact: every output is one dequantized weight plus zeros.
-    """
-    if isinstance(layer, nn.Linear):
-        return layer.weight.detach()
-    eye = torch.eye(layer.infeatures, dtype=torch.float32, device=layer.qweight.device)
-    bias, layer.bias = layer.bias, None
-    try:
-        with torch.inference_mode():
-            return layer(eye).T
-    finally:
-        layer.bias = bias
