@@ -256,14 +256,22 @@ def kept_conversions(model_type: str) -> Iterator[None]:
 # --- how blocks are called, and what is refused ---
 
 
+class LastBlock(Exception):
+    """The last block was called: what follows is not needed."""
+
+
 class Recorder(nn.Module):
-    """Stands in for a block: remembers how the model calls it and passes hidden states on."""
+    """Stands in for a block: remembers how the model calls it and passes hidden states on.
+
+    The ``last`` one ends the call by raising :class:`LastBlock`.
+    """
 
     def __init__(self, block: nn.Module):
         super().__init__()
         object.__setattr__(self, "block", block)  # not as a submodule: its weights are not ours
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
+        self.last = False
 
     def __getattr__(self, name: str) -> Any:
         """Models ask a block for such things before calling it (sliding or full attention)."""
@@ -276,6 +284,8 @@ class Recorder(nn.Module):
         names = list(inspect.signature(self.block.forward).parameters)[1:]
         self.hidden = hidden_states
         self.kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if self.last:
+            raise LastBlock
         return hidden_states
 
 
@@ -325,7 +335,9 @@ def check_calls(model: PreTrainedModel, recorders: list[Recorder]) -> None:
         raise _unsupported(model, "its blocks do not take hidden states (batch, seq, width)")
     for i, recorder in enumerate(recorders):
         if recorder.hidden is not first:
-            raise _unsupported(model, f"it changes the hidden states before block {i}")
+            raise _unsupported(
+                model, f"block {i} does not take the hidden states as block {i - 1} returns them"
+            )
         for name, value in recorder.kwargs.items():
             if not _is_plain(value):
                 raise _unsupported(

@@ -99,7 +99,12 @@ def _compress(config: Config, model: str, compression: str) -> Params:
 
 
 def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
-    return {"shard": int(shard), "shards": int(shards), **_trust(config, model)}
+    return {
+        **pick(config["covariance"], ("expert_tokens",)),
+        "shard": int(shard),
+        "shards": int(shards),
+        **_trust(config, model),
+    }
 
 
 def _decompose(

@@ -192,6 +192,7 @@ class BlockStream:
         if not self._stem_loaded:
             self._load_stem()
         recorders = [architectures.Recorder(block) for block in self.blocks]
+        recorders[-1].last = True
         parent_name, _, leaf = self.prefix.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         setattr(parent, leaf, nn.ModuleList(recorders))
@@ -201,7 +202,21 @@ class BlockStream:
                 attention_mask=None if attention_mask is None else attention_mask.to(self.device),
                 use_cache=False,
             )
+        except architectures.LastBlock:
+            pass
         finally:
             setattr(parent, leaf, self.blocks)
         architectures.check_calls(self.model, recorders)
         return recorders[0].hidden, [recorder.kwargs for recorder in recorders]
+
+
+def check(folder: Path, trust_remote_code: bool = False) -> None:
+    """Refuse a model that cannot be run block by block, or that has layers of an unknown kind.
+
+    Its embeddings are read and no block is: this takes seconds, whatever the model's size.
+
+    Raises:
+        Mistake: naming the model's kind and what is not supported about it.
+    """
+    stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
+    stream.calls(torch.zeros(1, 2, dtype=torch.long), None)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from conftest import make_tokenizer
-from eora import architectures, covariance, streaming
+from eora import adapters, architectures, covariance, decomposition, lowrank, streaming
 
 SEQLEN = 24
 WINDOW = 8  # of sliding layers: shorter than the samples
@@ -129,7 +131,7 @@ def reference(folder, samples):
     def fused(name):
         def hook(module, args):
             x, chosen, weights = args
-            for i, (gate_up, down) in enumerate(
+            for i, (gate_up, _) in enumerate(
                 zip(module.gate_up_proj, module.down_proj, strict=True)
             ):
                 tokens, place = torch.where(chosen == i)
@@ -169,3 +171,162 @@ def test_streamed_second_moments_are_those_of_the_whole_model(folders, samples, 
     assert not few
     assert tokens == {name: len(x) for name, x in rows.items()}
     assert worst(found, {name: x.T @ x / len(x) for name, x in rows.items()}) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "qwen2-moe"])
+def test_batches_do_not_matter_to_experts(folders, samples, family):
+    one, tokens, _ = collect(folders(family), samples, batch_size=1, minimum=40)
+    all_, counted, _ = collect(folders(family), samples, batch_size=5, minimum=40)
+    assert tokens == counted
+    assert worst(all_, {name: c.double() for name, c in one.items()}) < 1e-5
+
+
+def test_experts_compute_what_transformers_fused_ones_do():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **SIZES, num_experts=4, **ROUTED)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    fused = model.model.layers[0].mlp.experts
+    x = torch.randn(10, 32)
+    chosen = torch.rand(10, 3).topk(2).indices  # nobody takes the last expert
+    weights = torch.rand(10, 2)
+    split = architectures.Experts(fused)
+    with torch.inference_mode():
+        expected = fused(x, chosen, weights)
+        torch.testing.assert_close(split(x, chosen, weights), expected, rtol=1e-6, atol=1e-6)
+        split.real = torch.arange(10) < 7
+        padded = split(x, chosen, weights)
+    torch.testing.assert_close(padded[:7], expected[:7], rtol=1e-6, atol=1e-6)
+    assert not padded[7:].any()
+
+
+def test_an_expert_that_saw_few_tokens_is_filled_up_with_average_ones(folders, samples):
+    minimum = 40
+    own, counts, none = collect(folders("mixtral"), samples)
+    filled, divisors, few = collect(folders("mixtral"), samples, minimum=minimum)
+    assert not none and len(few) not in (0, 12)  # some experts have enough, some have not
+    for name, c in own.items():
+        expert, _, leaf = name.rpartition(".")
+        if expert not in few:
+            assert torch.equal(filled[name], c)
+            continue
+        beside = [f"{expert.rpartition('.')[0]}.{i}.{leaf}" for i in range(4)]
+        total = sum(own[n].double() * counts[n] for n in beside)
+        average = total / sum(counts[n] for n in beside)
+        expected = (c.double() * counts[name] + average * (minimum - counts[name])) / minimum
+        torch.testing.assert_close(filled[name].double(), expected, rtol=1e-5, atol=1e-7)
+        assert few[expert] == counts[name] and divisors[name] == minimum
+
+
+def test_an_expert_that_saw_no_token_takes_the_average(folders, samples):
+    stream = streaming.BlockStream(folders("mixtral"), "cpu", torch.float32)
+    moe = architectures.experts(stream.blocks[0])
+    block = covariance.BlockMoments()
+    for i in (0, 2):
+        for leaf, width in (("gate_proj", 32), ("down_proj", 64)):
+            moment = block.moments[f"mlp.experts.{i}.{leaf}"] = covariance.SecondMoment()
+            moment.add(torch.full((1 + i, width), float(1 + i)))
+    few = covariance.fill_experts(block, moe, 1)
+    assert few == {"mlp.experts.1": 0, "mlp.experts.3": 0}
+    assert block.shared["mlp.experts.3.up_proj"] == "mlp.experts.3.gate_proj"
+    average = block.moments["mlp.experts.3.gate_proj"].mean()
+    torch.testing.assert_close(average, torch.full((32, 32), (1 + 3 * 9) / 4))
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_fused_and_separate_experts_in_the_files_are_the_same(folders, family, tmp_path):
+    """Experts as transformers holds them, and as the hub's first checkpoints name them."""
+    model = AutoModelForCausalLM.from_pretrained(folders(family))
+    model.config.save_pretrained(tmp_path)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    separate = streaming.BlockStream(folders(family), "cpu")
+    fused = streaming.BlockStream(tmp_path, "cpu")
+    names = {name.replace("block_sparse_moe", "mlp") for name in separate._files}
+    assert names != set(fused._files)
+    with separate.block(1) as one, fused.block(1) as other:
+        tensors = dict(other.named_parameters())
+        assert tensors.keys() == dict(one.named_parameters()).keys()
+        for name, tensor in one.named_parameters():
+            assert torch.equal(tensor, tensors[name])
+
+
+def test_a_checkpoint_without_the_base_models_prefix(folders, tmp_path):
+    """As the hub's GPT-2: h.0.attn.c_attn.weight."""
+    model = AutoModelForCausalLM.from_pretrained(folders("gpt2"))
+    model.config.save_pretrained(tmp_path)
+    save_file(model.transformer.state_dict(), tmp_path / "model.safetensors")
+    stream = streaming.BlockStream(tmp_path, "cpu")
+    ids = torch.arange(2, 12)[None]
+    with torch.inference_mode(), stream.block(0) as block:
+        hidden, calls = stream.calls(ids, None)
+        states = model(ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(block(hidden, **calls[0]), states[1])
+
+
+def rounded(folder, out):
+    """Save a copy whose blocks' matrices, but for routers and gates, are rounded coarsely."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prefix, _ = architectures.decoder_blocks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.startswith(prefix) and tensor.ndim > 1 and "gate.weight" not in name:
+                tensor.copy_((tensor * 16).round() / 16)
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decomposition_put_into_the_weights_or_beside_them(folders, samples, family, tmp_path):
+    original, compressed = folders(family), rounded(folders(family), tmp_path / "rounded")
+    streams = [streaming.BlockStream(folder, "cpu") for folder in (original, compressed)]
+
+    def keep(index, block):
+        covariance.fill_experts(block, architectures.experts(streams[0].blocks[index]), 8)
+        covariance.save_moments(tmp_path / covariance.block_file(index), block)
+
+    blocks = range(len(streams[0]))
+    covariance.run_shard(streams[0], blocks, covariance.batches(*samples, 5), None, keep)
+    factors = tmp_path / "factors"
+    factors.mkdir()
+    for index in blocks:
+        decomposition.decompose_block(*streams, index, tmp_path, factors, 99, "eora")
+    files = covariance.block_files(factors)
+    pairs, curves = decomposition.slice_rank(files, RANK)
+    assert all(curve[RANK] < 0.7 * curve[0] for curve in curves.values())
+    adapters.save_peft(tmp_path, pairs, RANK, "tiny", decomposition.is_transposed(files))
+
+    def load(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+        architectures.split_experts(model)
+        return model
+
+    ids = samples[0][:1].long()
+    merged, beside = load(compressed), lowrank.attach(load(compressed), tmp_path)
+    with torch.inference_mode():
+        before = merged(ids).logits
+        for name, (a, b) in adapters.load_peft(tmp_path).items():
+            architectures.dense_weight(merged.get_submodule(name)).add_(b.float() @ a.float())
+        torch.testing.assert_close(beside(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+        exact = load(original)(ids).logits
+        assert (beside(ids).logits - exact).norm() < 0.7 * (before - exact).norm()
+
+
+def test_peft_takes_the_adapter_of_transposed_layers(folders, samples, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders("gpt2"))
+    torch.manual_seed(0)
+    pairs = {
+        name: (torch.randn(RANK, module.weight.shape[0]), torch.randn(module.nf, RANK) * 0.1)
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
+    }
+    adapters.save_peft(tmp_path, pairs, RANK, "tiny", transposed=True)
+    assert adapters.is_transposed(tmp_path)
+    ids = samples[0][:1].long()
+    with torch.inference_mode():
+        before = model(ids).logits
+        ours = lowrank.attach(model, tmp_path)(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(folders("gpt2"))
+        theirs = PeftModel.from_pretrained(plain, tmp_path)
+        torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        merged = theirs.merge_and_unload()  # the weights are transposed here
+        torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-3, atol=1e-3)
+    assert (ours - before).abs().max() > 0.1
