@@ -318,6 +318,16 @@ def check_weights(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
                 )
 
 
+def explain(model: PreTrainedModel, recorders: list[Recorder], error: Exception) -> None:
+    """Say what it means that the model failed on what a recorder returned.
+
+    Raises:
+        Mistake: it failed between two blocks.
+    """
+    if recorders[0].hidden is not None and recorders[-1].hidden is None:
+        raise _unsupported(model, f"its blocks return more than hidden states ({error})") from error
+
+
 def check_calls(model: PreTrainedModel, recorders: list[Recorder]) -> None:
     """Refuse models whose blocks pass on more than one tensor of hidden states.
 

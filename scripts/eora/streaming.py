@@ -204,6 +204,9 @@ class BlockStream:
             )
         except architectures.LastBlock:
             pass
+        except Exception as error:
+            architectures.explain(self.model, recorders, error)
+            raise
         finally:
             setattr(parent, leaf, self.blocks)
         architectures.check_calls(self.model, recorders)
