@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, conversion_mapping
+from transformers import AutoModelForMaskedLM, PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import moe
@@ -55,7 +55,7 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
         or (
             isinstance(module, nn.Linear | Conv1D)
             and len(dense_weight(module)) > 1
-            and not name.startswith(routers)
+            and not f"{name}.".startswith(routers)
         )
     }
 
@@ -161,7 +161,8 @@ def split_experts(model: PreTrainedModel) -> None:
         Mistake: fused weights of another layout.
     """
     for name, module in list(model.named_modules()):
-        fused = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        own = module.named_parameters(recurse=False)
+        fused = [n for n, tensor in own if tensor.ndim == 3 and 1 not in tensor.shape]
         if _is_known(module):
             model.set_submodule(name, Experts(module))
         elif fused and not isinstance(module, nn.Conv1d):
@@ -174,13 +175,13 @@ def experts(block: nn.Module) -> dict[str, Experts]:
 
 
 def _routers(block: nn.Module) -> tuple[str, ...]:
-    """Local names of what chooses a token's experts: a ``gate`` or ``router`` beside them."""
+    """Prefixes of what chooses a token's experts: a ``gate`` or ``router`` beside them."""
     return tuple(
-        f"{name.rpartition('.')[0]}.{router}" for name in experts(block) for router in _ROUTER_NAMES
+        f"{name.removesuffix('experts')}{router}."
+        for name in experts(block)
+        for router in ("gate", "router")
     )
 
-
-_ROUTER_NAMES = ("gate", "router")
 
 # --- names of weights ---
 
@@ -296,8 +297,13 @@ def _unsupported(model: PreTrainedModel, why: str) -> Mistake:
     )
 
 
-def check_weights(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-    """Refuse blocks with matrices that are no linear layers: convolutions, states, embeddings.
+# No list of families decides what is supported: such a list would refuse the many that are like
+# those in it. The checks below were tried with tiny random models of all families that
+# transformers has: whatever passes them gives, block by block, the whole model's hidden states.
+
+
+def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    """Refuse encoders, and matrices that are no linear layers: convolutions, states, embeddings.
 
     Nothing would be compressed or adapted there, and what such a block does beside its linear
     layers (a state that is carried along, say) is nothing that is known here.
@@ -305,6 +311,13 @@ def check_weights(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     Raises:
         Mistake: naming the first such tensor.
     """
+    fills_in = type(model.config) in AutoModelForMaskedLM._model_mapping
+    if (
+        fills_in
+        and not getattr(model.config, "is_decoder", True)
+        or not all(getattr(module, "is_causal", True) for module in blocks.modules())
+    ):
+        raise _unsupported(model, "its tokens see those after them, as in an encoder")
     for i, block in enumerate(blocks):
         routers = _routers(block)
         layers = {name for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}

@@ -215,12 +215,7 @@ def check_model(folder: Path, code: bool = False) -> None:
     weight_files(folder)
     check_kind(folder)
     stored = _read_json(folder / "config.json")
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
@@ -230,11 +225,7 @@ def check_model(folder: Path, code: bool = False) -> None:
             "transformers knows; name another model, or set trust_remote_code: true if this one "
             f"brings code that you trust ({_first_line(error)})"
         ) from None
-    masked = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(
-        config, "is_decoder", True
-    )
-    known = type(config) in AutoModelForCausalLM._model_mapping and not masked
-    if not known and "auto_map" not in stored:
+    if type(config) not in AutoModelForCausalLM._model_mapping and "auto_map" not in stored:
         raise Mistake(
             f"{folder / 'config.json'}: {config.model_type} is no causal language model; "
             "name one that is"

@@ -85,7 +85,7 @@ class BlockStream:
         self._stored = architectures.stored_tensors(self.model, self._files)
         self._stem_loaded = False
         if not quantized:  # its original was looked at
-            architectures.check_weights(self.model, self.blocks)
+            architectures.check_blocks(self.model, self.blocks)
 
     def _quantize_skeleton(self) -> None:
         """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""

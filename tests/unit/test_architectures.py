@@ -8,12 +8,39 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from conftest import make_tokenizer
-from eora import adapters, architectures, covariance, decomposition, lowrank, streaming
+from conftest import ROOT, make_tokenizer
+from eora import (
+    adapters,
+    architectures,
+    autoround,
+    covariance,
+    decomposition,
+    evaluation,
+    loading,
+    lowrank,
+    sources,
+    streaming,
+)
+from eora import config as cfg
+from eora.errors import Mistake
 
 SEQLEN = 24
 WINDOW = 8  # of sliding layers: shorter than the samples
 RANK = 8
+
+# Rounded to nearest.
+SETTINGS = {
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "iters": 0,
+    "batch_size": 2,
+    "format": "auto_round",
+    "alg_ext": False,
+    "keep": [],
+    "seed": 42,
+    "device": "cpu",
+}
 
 # Widths of all families, by the names that most configs have for them.
 SIZES = {
@@ -274,25 +301,32 @@ def rounded(folder, out):
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_decomposition_put_into_the_weights_or_beside_them(folders, samples, family, tmp_path):
-    original, compressed = folders(family), rounded(folders(family), tmp_path / "rounded")
+def fit(original, compressed, samples, out):
+    """Second moments, factors and adapters of a model's blocks; adapters in out/r16 and out/r4."""
     streams = [streaming.BlockStream(folder, "cpu") for folder in (original, compressed)]
 
     def keep(index, block):
         covariance.fill_experts(block, architectures.experts(streams[0].blocks[index]), 8)
-        covariance.save_moments(tmp_path / covariance.block_file(index), block)
+        covariance.save_moments(out / covariance.block_file(index), block)
 
     blocks = range(len(streams[0]))
     covariance.run_shard(streams[0], blocks, covariance.batches(*samples, 5), None, keep)
-    factors = tmp_path / "factors"
+    factors = out / "factors"
     factors.mkdir()
     for index in blocks:
-        decomposition.decompose_block(*streams, index, tmp_path, factors, 99, "eora")
+        decomposition.decompose_block(*streams, index, out, factors, 99, "eora")
     files = covariance.block_files(factors)
     pairs, curves = decomposition.slice_rank(files, RANK)
-    assert all(curve[RANK] < 0.7 * curve[0] for curve in curves.values())
-    adapters.save_peft(tmp_path, pairs, RANK, "tiny", decomposition.is_transposed(files))
+    assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())
+    transposed = decomposition.is_transposed(files)
+    adapters.save_peft(out / "r16", pairs, RANK, "tiny", transposed)
+    adapters.save_packed(out / "r4", pairs, 4, 32, "tiny", transposed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decomposition_put_into_the_weights_or_beside_them(folders, samples, family, tmp_path):
+    original, compressed = folders(family), rounded(folders(family), tmp_path / "rounded")
+    fit(original, compressed, samples, tmp_path)
 
     def load(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
@@ -300,10 +334,10 @@ def test_a_decomposition_put_into_the_weights_or_beside_them(folders, samples, f
         return model
 
     ids = samples[0][:1].long()
-    merged, beside = load(compressed), lowrank.attach(load(compressed), tmp_path)
+    merged, beside = load(compressed), lowrank.attach(load(compressed), tmp_path / "r16")
     with torch.inference_mode():
         before = merged(ids).logits
-        for name, (a, b) in adapters.load_peft(tmp_path).items():
+        for name, (a, b) in adapters.load_peft(tmp_path / "r16").items():
             architectures.dense_weight(merged.get_submodule(name)).add_(b.float() @ a.float())
         torch.testing.assert_close(beside(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
         exact = load(original)(ids).logits
@@ -330,3 +364,103 @@ def test_peft_takes_the_adapter_of_transposed_layers(folders, samples, tmp_path)
         merged = theirs.merge_and_unload()  # the weights are transposed here
         torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-3, atol=1e-3)
     assert (ours - before).abs().max() > 0.1
+
+
+# --- what is refused, and where ---
+
+# Model type -> what the message says of a config.json such as transformers writes.
+KINDS = {
+    "bart": "is an encoder-decoder",
+    "gemma3": "is a model of images or sound beside text",
+    "mamba": "is a state-space model",
+    "jamba": "is a state-space model, or a hybrid with one",
+    "lfm2": "is a state-space model, or a hybrid with one",
+    "qwen3_next": "is a hybrid with layers of linear_attention",
+    "gemma3n_text": "is a model with embeddings for each layer",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_refused_by_config_json_alone(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    config = {
+        "models": {"m": {"path": str(tmp_path)}},
+        "tasks": {"t": {"lm_eval": "arc_easy"}},
+    }
+    schema = cfg.load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    with pytest.raises(cfg.ConfigError) as caught:
+        cfg.validate(config, schema)
+    expected = f"- models.m.path: model_type {kind} {KINDS[kind]}"
+    assert str(caught.value).startswith(expected)
+    assert str(caught.value).endswith("which is not supported; name another model")
+    with pytest.raises(Mistake, match=KINDS[kind]):
+        sources.check_kind(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in FAMILIES.values()}))
+def test_a_supported_kind_passes(kind):
+    assert sources.unsupported_kind(AutoConfig.for_model(kind).to_dict()) is None
+
+
+SMALL_STATES = {"state_size": 4, "conv_kernel": 2}
+# Model type -> what its config has beside the sizes, and what the message says of its modules.
+MODULES = {
+    "mamba": (SMALL_STATES, r"block 0 holds mixer\.(A_log|conv1d\.weight) of shape"),
+    "bert": ({}, "its tokens see those after them, as in an encoder"),
+    "bart": ({"decoder_layers": 2}, "no list of 3 decoder blocks is found in it"),
+    "gpt_oss": ({"num_local_experts": 4}, r"mlp\.experts\.gate_up_proj holds experts of an unk"),
+    "gptj": ({"rotary_dim": 4}, "block 1 does not take the hidden states as block 0 returns them"),
+    "xlstm": ({"num_heads": 4}, "its blocks return more than hidden states"),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_architecture_is_refused_by_its_modules(kind, tmp_path):
+    changes, message = MODULES[kind]
+    make(tmp_path, kind, changes)
+    with pytest.raises(Mistake, match=message) as caught:
+        streaming.check(tmp_path)
+    assert f"({kind}) is not supported: " in str(caught.value)
+
+
+def test_blocks_that_share_what_they_fill_in_are_refused(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders("llama"))
+    recorders = [architectures.Recorder(block) for block in model.model.layers]
+    hidden = torch.zeros(1, 2, 32)
+    for recorder in recorders:
+        recorder.hidden = hidden
+    architectures.check_calls(model, recorders)
+    recorders[2].kwargs = {"states": {}}
+    with pytest.raises(Mistake, match=r"share states \(dict\) beside hidden states"):
+        architectures.check_calls(model, recorders)
+
+
+# --- through AutoRound and back ---
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3-moe"])
+def test_quantized_decomposed_and_judged(folders, samples, family, tmp_path):
+    original, compressed = folders(family), tmp_path / "model"
+    ids = torch.randint(2, 256, (4, 32), generator=torch.Generator().manual_seed(2))
+    autoround.quantize(original, compressed, ids, **SETTINGS)
+    fit(original, compressed, samples, tmp_path)
+    assert adapters.is_transposed(tmp_path / "r16") == (family == "gpt2")
+    with torch.inference_mode():
+        exact = loading.load(original)[0](ids).logits
+        errors = [
+            (loading.load(compressed, adapter)[0](ids).logits - exact).norm()
+            for adapter in (None, tmp_path / "r16", tmp_path / "r4")
+        ]
+    assert errors[1] < 0.85 * errors[0] and errors[2] < 0.85 * errors[0]
+    model, _ = loading.load(compressed, tmp_path / "r4")
+    assert evaluation.perplexity(model, ids, 2)["perplexity"]["value"] > 1
+    # The packed layers that are streamed are those that transformers loads.
+    whole, _ = loading.load(compressed)
+    stream = streaming.BlockStream(compressed, "cpu")
+    layers = architectures.linear_layers(streaming.BlockStream(original, "cpu").blocks[1])
+    with stream.block(1) as block:
+        for name in layers:
+            weight = architectures.dense_weight(block.get_submodule(name))
+            loaded = whole.get_submodule(f"{stream.name(1)}.{name}").weight
+            # AutoRound loads in 16 bits whatever the checkpoint's dtype.
+            torch.testing.assert_close(weight, loaded, rtol=1e-2, atol=1e-3, check_dtype=False)
