@@ -49,7 +49,8 @@ def main(
             file for path in decompositions for file in covariance.block_files(path / "factors")
         ]
         pairs, curves = decomposition.slice_rank(files, spec.rank)
-        adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model)
+        transposed = decomposition.is_transposed(files)
+        adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model, transposed)
         decomposition.save_curves(folder / "residuals.json", curves)
 
 

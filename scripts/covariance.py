@@ -1,5 +1,6 @@
 """Collect the second moments of one shard of decoder blocks, from the original model."""
 
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,16 @@ from safetensors import serialize_file
 from eora import cli
 from eora.result import Result
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Params:
-    """Keys: shard and shards (this is shard k of K, of blocks kL/K to (k+1)L/K); tf32
-    (a GPU may round float32 inputs of products to 10 bits); version."""
+    """Keys: shard and shards (this is shard k of K, of blocks kL/K to (k+1)L/K); expert_tokens
+    (an expert that saw fewer is filled up with average ones); tf32 (a GPU may round float32 inputs
+    of products to 10 bits); version."""
 
+    expert_tokens: int
     shard: int
     shards: int
     version: int
@@ -58,11 +63,12 @@ def main(
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from eora import covariance, streaming
+    from eora import architectures, covariance, streaming
 
     where = cli.device(device)
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
-    with result.publish() as folder:
+    notes: dict = {}
+    with result.publish(notes) as folder:
         stream = streaming.BlockStream(
             model / "model",
             where,
@@ -76,6 +82,22 @@ def main(
         given = {} if hidden is None else load_file(hidden)
         moments = folder / "moments"
         moments.mkdir()
+
+        def save(index: int, block: covariance.BlockMoments) -> None:
+            moe = architectures.experts(stream.blocks[index])
+            few = covariance.fill_experts(block, moe, spec.expert_tokens)
+            for expert, tokens in few.items():
+                notes.setdefault("filled_experts", {})[f"{stream.name(index)}.{expert}"] = tokens
+            if few:
+                log.warning(
+                    "%s: %d experts saw fewer than %d tokens (%s): filled up with average ones",
+                    stream.name(index),
+                    len(few),
+                    spec.expert_tokens,
+                    ", ".join(f"{expert}: {tokens}" for expert, tokens in few.items()),
+                )
+            covariance.save_moments(moments / covariance.block_file(index), block)
+
         with tempfile.TemporaryDirectory(dir=folder) as spill:
             after = covariance.run_shard(
                 stream,
@@ -83,7 +105,7 @@ def main(
                 batches,
                 given.get("hidden"),
                 Path(spill),
-                lambda i, block: covariance.save_moments(moments / covariance.block_file(i), block),
+                save,
                 lambda indices: tqdm(indices, desc="blocks", unit="block"),
             )
             last = blocks.stop == len(stream)

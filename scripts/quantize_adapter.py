@@ -39,8 +39,14 @@ def main(
     from eora import adapters
 
     with result.publish() as folder:
-        pairs = adapters.load_peft(adapter / "adapter")
-        adapters.save_packed(folder / "adapter", pairs, spec.bits, spec.group_size, spec.base_model)
+        adapters.save_packed(
+            folder / "adapter",
+            adapters.load_peft(adapter / "adapter"),
+            spec.bits,
+            spec.group_size,
+            spec.base_model,
+            adapters.is_transposed(adapter / "adapter"),
+        )
 
 
 if __name__ == "__main__":

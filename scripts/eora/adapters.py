@@ -31,12 +31,15 @@ _PREFIX = "base_model.model."
 Pair = tuple[Tensor, Tensor]  # lora_A (r, in), lora_B (out, r)
 
 
-def _write_config(folder: Path, rank: int, layers: Iterable[str], base_model: str) -> None:
+def _write_config(
+    folder: Path, rank: int, layers: Iterable[str], base_model: str, transposed: bool
+) -> None:
     LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         base_model_name_or_path=base_model,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(folder)
@@ -47,13 +50,17 @@ def _write_config(folder: Path, rank: int, layers: Iterable[str], base_model: st
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_peft(folder: Path, pairs: dict[str, Pair], rank: int, base_model: str) -> None:
+def save_peft(
+    folder: Path, pairs: dict[str, Pair], rank: int, base_model: str, transposed: bool = False
+) -> None:
     """Write a PEFT LoRA folder in float16.
 
     Args:
         folder: created if missing.
         pairs: layer name in the model (``model.layers.0.mlp.up_proj``) -> (A, B).
         base_model: where the base model comes from, for the adapter's card.
+        transposed: the base model's layers hold their weights as (in, out), as GPT-2's do; PEFT
+            wants to be told, though (A, B) are the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -61,7 +68,12 @@ def save_peft(folder: Path, pairs: dict[str, Pair], rank: int, base_model: str) 
         tensors[f"{_PREFIX}{layer}.lora_A.weight"] = a.half().contiguous()
         tensors[f"{_PREFIX}{layer}.lora_B.weight"] = b.half().contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    _write_config(folder, rank, pairs, base_model)
+    _write_config(folder, rank, pairs, base_model, transposed)
+
+
+def is_transposed(folder: Path) -> bool:
+    """What an adapter folder was saved with, see :func:`save_peft`."""
+    return json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"]
 
 
 def load_peft(folder: Path) -> dict[str, Pair]:
@@ -112,7 +124,12 @@ def unpack(packed: dict[str, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
 
 
 def save_packed(
-    folder: Path, pairs: dict[str, Pair], bits: int, group_size: int, base_model: str
+    folder: Path,
+    pairs: dict[str, Pair],
+    bits: int,
+    group_size: int,
+    base_model: str,
+    transposed: bool = False,
 ) -> None:
     """Write a low-bit adapter folder: packed A and B^T of each layer, and how they were packed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +141,7 @@ def save_packed(
     }
     save_file(tensors, folder / PACKED_WEIGHTS, {"format": "pt"})
     rank = len(next(iter(pairs.values()))[0])
-    _write_config(folder, rank, pairs, base_model)
+    _write_config(folder, rank, pairs, base_model, transposed)
     config = {"format": "pack-quantized", "bits": bits, "group_size": group_size, "symmetric": True}
     (folder / PACKED_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

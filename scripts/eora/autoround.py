@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from eora.architectures import dense_weight, linear_layers
 from eora.errors import Mistake
 from eora.streaming import BlockStream
 
@@ -35,9 +36,7 @@ def check_layers(
 
     stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     widths = {
-        name: layer.in_features
-        for name, layer in stream.model.named_modules()
-        if isinstance(layer, nn.Linear)
+        name: dense_weight(layer).shape[1] for name, layer in linear_layers(stream.model).items()
     }
     kept: set[str] = set()
     for part in keep:

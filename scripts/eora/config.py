@@ -237,6 +237,17 @@ def _source_mistakes(where: str, entry: Config) -> Iterator[str]:
         yield f"{where}.rows: {rows} is empty; give [first, end) with first below end"
 
 
+def _kind_mistakes(where: str, entry: Config) -> Iterator[str]:
+    """A local model of a kind that is not supported; what else is wrong, its fetch tells."""
+    file = Path(os.path.expanduser(entry.get("path", "")), "config.json")
+    try:
+        stored = json.loads(file.read_text()) if "path" in entry and file.is_file() else {}
+    except (OSError, ValueError):
+        return
+    if isinstance(stored, dict) and (why := sources.unsupported_kind(stored)):
+        yield f"{where}.path: {why}; name another model"
+
+
 def _reference(where: str, name: str, section: str, config: Config) -> Iterator[str]:
     known = config[section]
     if name not in known:
@@ -271,6 +282,8 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
     for section in ("models", "datasets"):
         for name, entry in config[section].items():
             yield from _source_mistakes(f"{section}.{name}", entry)
+    for name, entry in config["models"].items():
+        yield from _kind_mistakes(f"models.{name}", entry)
     for name, entry in config["calibrations"].items():
         where = f"calibrations.{name}.dataset"
         yield from _reference(where, entry["dataset"], "datasets", config)

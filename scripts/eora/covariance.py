@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eora import triangles
-from eora.streaming import BlockStream, linear_layers
+from eora.architectures import Experts, experts, linear_layers
+from eora.streaming import BlockStream
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -51,6 +52,22 @@ class SecondMoment:
             block += _product(x.T[cut], x[:, : cut.stop])
         self.tokens += len(x)
 
+    @classmethod
+    def pooled(cls, moments: list[SecondMoment]) -> SecondMoment:
+        """That of all their tokens together."""
+        total = cls()
+        parts = zip(*(moment.blocks for moment in moments), strict=True)
+        total.blocks = [sum(some) for some in parts]
+        total.tokens = sum(moment.tokens for moment in moments)
+        return total
+
+    def scaled(self, tokens: int) -> SecondMoment:
+        """That of ``tokens`` average ones of its tokens."""
+        total = SecondMoment()
+        total.blocks = [block * (tokens / self.tokens) for block in self.blocks]
+        total.tokens = tokens
+        return total
+
     def mean(self) -> Tensor:
         """C, packed (in (in + 1) / 2,) float32: the sum over real tokens divided by their number.
 
@@ -79,8 +96,9 @@ class Batch:
     rows: slice
 
     def pack(self, x: Tensor) -> Tensor:
-        """(batch, longest, n) -> the real tokens' (tokens, n)."""
-        return x.flatten(0, 1) if self.real is None else x[self.real.to(x.device)]
+        """(batch, longest, n), or its first two as one -> the real tokens' (tokens, n)."""
+        rows = x.flatten(0, -2)
+        return rows if self.real is None else rows[self.real.flatten().to(x.device)]
 
     def pad(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`pack`, with zeros for padding."""
@@ -129,22 +147,81 @@ class BlockMoments:
     shared: dict[str, str] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
 
-    def hooks(self, layers: dict[str, nn.Module], batch: Batch) -> list[Any]:
-        """Forward hooks on a block's layers that add one batch."""
+    def hooks(
+        self, layers: dict[str, nn.Module], moe: dict[str, Experts], batch: Batch
+    ) -> list[Any]:
+        """Forward hooks on a block's layers that add one batch.
+
+        A layer of an expert adds the tokens that are routed to it, each times its routing weight:
+        by so much the layer's error at this token is multiplied before it reaches the residual
+        stream, so the token weighs by the weight's square.
+
+        Args:
+            layers: see :func:`linear_layers`.
+            moe: the block's experts, see :func:`experts`; told of the padding, they get none.
+            batch: what the block is about to be called with.
+        """
+        for routed in moe.values():
+            routed.real = None if batch.real is None else batch.real.flatten()
         seen: dict[int, tuple[Tensor, str]] = {}  # holds the tensor, so that its id stays its own
 
         def hook_for(name: str) -> Callable:
+            owner = next((m for at, m in moe.items() if name.startswith(f"{at}.")), None)
+
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 x = args[0]
                 _, leader = seen.setdefault(id(x), (x, name))
                 if self.shared.setdefault(name, leader) != leader:
                     raise RuntimeError(f"{name} does not read the same input in every batch")
                 if leader == name:
-                    self.moments.setdefault(name, SecondMoment()).add(batch.pack(x))
+                    rows = batch.pack(x) if owner is None else x.float() * owner.routing[:, None]
+                    self.moments.setdefault(name, SecondMoment()).add(rows)
 
             return hook
 
         return [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+
+
+# What an expert's layers read: the first that reads it -> all that do.
+_EXPERT_INPUTS = {"gate_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def fill_experts(block: BlockMoments, moe: dict[str, Experts], minimum: int) -> dict[str, int]:
+    """Make up for the tokens that a block's experts did not see, in place.
+
+    An expert that fewer than ``minimum`` tokens were routed to counts as if average ones had been
+    routed to it as well, up to that number: with the sum S over its n tokens and the mean P over
+    all tokens of all experts beside it, for inputs of the same kind (of gate and up, or of down),
+    its second moment is ``(S + (minimum - n) P) / minimum``. Few tokens span few directions, so
+    its own moment would leave errors in all others for free. What it did see still counts, and at
+    ``minimum`` tokens nothing jumps. An expert that saw none takes P.
+
+    Args:
+        block: after all batches.
+        moe: the block's experts.
+        minimum: at least 1.
+
+    Returns:
+        Local name -> number of its own tokens, of the experts that were made up for.
+    """
+    few: dict[str, int] = {}
+    for name, module in moe.items():
+        for leader, readers in _EXPERT_INPUTS.items():
+            own = [block.moments.get(f"{name}.{i}.{leader}") for i in range(module.size)]
+            pool = SecondMoment.pooled([moment for moment in own if moment is not None])
+            for i, moment in enumerate(own):
+                expert = f"{name}.{i}"
+                tokens = 0 if moment is None else moment.tokens
+                if tokens >= minimum:
+                    continue
+                few[expert] = tokens
+                filled = pool.scaled(minimum - tokens)
+                if moment is not None:
+                    filled = SecondMoment.pooled([moment, filled])
+                block.moments[f"{expert}.{leader}"] = filled
+                for reader in readers:
+                    block.shared[f"{expert}.{reader}"] = f"{expert}.{leader}"
+    return few
 
 
 def _host_memory() -> int:
@@ -202,11 +279,11 @@ def _run_block(
 ) -> None:
     """Take all hidden states through one block; add its inputs to ``moments``, if given."""
     with stream.block(index) as block:
-        layers = linear_layers(block)
+        layers, moe = linear_layers(block), experts(block)
         for batch in data:
             states = batch.pad(hidden.states[batch.rows].to(stream.device, non_blocking=True))
             calls = stream.calls(*batch.input_ids.shape)
-            hooks = [] if moments is None else moments.hooks(layers, batch)
+            hooks = [] if moments is None else moments.hooks(layers, moe, batch)
             try:
                 output = block(states, **calls[index])
             finally:

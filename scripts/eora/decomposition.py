@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from eora import covariance, solver
 from eora.adapters import Pair
+from eora.architectures import dense_weight, linear_layers
 from eora.errors import Mistake
-from eora.streaming import BlockStream, dense_weight, linear_layers
+from eora.streaming import BlockStream
+
+_TRANSPOSED = "transposed"
 
 
 def decompose_block(
@@ -26,7 +31,8 @@ def decompose_block(
     """Decompose every linear layer of one block; writes one file with its factors.
 
     The file holds, for each layer (full name), ``.lora_A`` (R, in) float32, ``.lora_B`` (out, R)
-    float32 and ``.residual`` (R + 1,) float64, R = min(max_rank, out, in).
+    float32 and ``.residual`` (R + 1,) float64, R = min(max_rank, out, in). Its metadata says
+    whether layers hold their weights as (in, out), where they do.
 
     Args:
         original, compressed: the two models.
@@ -39,7 +45,9 @@ def decompose_block(
     leader, metric = "", None  # layers that read the same input follow each other and share it
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)
-        for name, layer in linear_layers(exact).items():
+        layers = linear_layers(exact)
+        transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+        for name, layer in layers.items():
             error = dense_weight(layer).float() - dense_weight(approximate[name]).float()
             if inputs.shared[name] != leader:
                 leader = inputs.shared[name]
@@ -49,7 +57,17 @@ def decompose_block(
             tensors[f"{full}.lora_A"] = factors.lora_A.cpu().contiguous()
             tensors[f"{full}.lora_B"] = factors.lora_B.cpu().contiguous()
             tensors[f"{full}.residual"] = factors.residual.cpu()
-    save_file(tensors, out / covariance.block_file(index))
+    metadata = {_TRANSPOSED: "true"} if transposed else None
+    save_file(tensors, out / covariance.block_file(index), metadata)
+
+
+def is_transposed(files: list[Path]) -> bool:
+    """Whether the decomposed layers hold their weights as (in, out), as GPT-2's do."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            if _TRANSPOSED in (file.metadata() or {}):
+                return True
+    return False
 
 
 def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str, Tensor]]:

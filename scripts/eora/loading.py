@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eora.architectures import dense_weight, kept_conversions
 from eora.lowrank import attach
-from eora.streaming import dense_weight
 
 
 def portable_quantization(config) -> AutoRoundConfig | None:
@@ -77,14 +77,15 @@ def load(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     packed = getattr(config, "quantization_config", None) is not None
     dense = packed and device == "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        quantization_config=portable_quantization(config) if dense else None,
-        dtype=config.dtype,
-        device_map={"": device},
-        trust_remote_code=trust_remote_code,
-    )
+    with kept_conversions(config.model_type):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            quantization_config=portable_quantization(config) if dense else None,
+            dtype=config.dtype,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
+        )
     if dense:
         model = _densify(model, config.dtype)
     if adapter is not None:

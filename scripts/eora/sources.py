@@ -162,6 +162,46 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def unsupported_kind(stored: dict[str, Any]) -> str | None:
+    """What makes a model one that cannot be run block by block, as its config.json tells; or None.
+
+    This names the large kinds before weights are fetched, and needs neither torch nor
+    transformers. What it lets pass is looked at closely once it is here, by its modules (see
+    :mod:`eora.architectures`): models that nobody has heard of yet are refused there.
+    """
+    kinds = [stored.get(key) or [] for key in ("layer_types", "layers_block_type", "block_types")]
+    others = sorted({str(k) for some in kinds if isinstance(some, list) for k in some} - _ATTENTION)
+    what = None
+    if stored.get("is_encoder_decoder"):
+        what = "an encoder-decoder"
+    elif any("ForMaskedLM" in str(name) for name in stored.get("architectures") or []):
+        what = "an encoder, which fills in masked tokens"
+    elif stored.keys() & {"text_config", "vision_config", "audio_config"}:
+        what = "a model of images or sound beside text"
+    elif stored.keys() & {"state_size", "ssm_state_size", "mamba_d_state", "conv_L_cache"}:
+        what = "a state-space model, or a hybrid with one"
+    elif others:
+        what = f"a hybrid with layers of {', '.join(others)}"
+    elif stored.get("hidden_size_per_layer_input"):
+        what = "a model with embeddings for each layer"
+    if what is None:
+        return None
+    return f"model_type {stored.get('model_type')} is {what}, which is not supported"
+
+
+def check_kind(folder: Path) -> None:
+    """Refuse by its config.json a model that cannot be run block by block.
+
+    Raises:
+        Mistake: saying what it is.
+    """
+    if why := unsupported_kind(_read_json(folder / "config.json")):
+        raise Mistake(f"{folder / 'config.json'}: {why}; name another model")
+
+
 def check_model(folder: Path, code: bool = False) -> None:
     """Refuse, before work is spent on it, a folder that is no causal language model of ours.
 
@@ -173,6 +213,7 @@ def check_model(folder: Path, code: bool = False) -> None:
         Mistake: naming the file and what to put there.
     """
     weight_files(folder)
+    check_kind(folder)
     stored = _read_json(folder / "config.json")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -219,6 +260,9 @@ def fetch_model(
     patterns = MODEL_FILES + (CODE_FILES if code else [])
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch, _named(source, scratch, out):
         if "hub" in source:
+            _fetch_snapshot(source, out, ["config.json"])
+            if (out / "config.json").is_file():
+                check_kind(out)  # before its weights are fetched
             _fetch_snapshot(source, out, patterns)
             check_model(out, code)
             return

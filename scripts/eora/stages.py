@@ -100,9 +100,9 @@ def _compress(config: Config, model: str, compression: str) -> Params:
 
 def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
     return {
+        **pick(config["covariance"], ("expert_tokens", "tf32")),
         "shard": int(shard),
         "shards": int(shards),
-        "tf32": config["covariance"]["tf32"],
         **_trust(config, model),
     }
 

@@ -33,7 +33,7 @@ class Job:
     Attributes:
         rule: its name.
         folder: where its result lies, below the results folder.
-        place: the same, taken apart; None for a rule that is no stage (report, check_ranks).
+        place: the same, taken apart; None for a rule that is no stage (report, check_model).
         runs: whether the next run starts it.
         state: done, missing (nothing is there), stale (something that it depends on was changed),
             follows (made again only because of a job before it; restored where that gives the

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
+from eora import architectures
 from eora.errors import Mistake
 
 INDEX = "model.safetensors.index.json"
@@ -61,39 +62,6 @@ def shard_range(shard: int, shards: int, blocks: int) -> range:
     return range(shard * blocks // shards, (shard + 1) * blocks // shards)
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks: its ModuleList with one entry a hidden layer.
-
-    Raises:
-        Mistake: no such list, so the architecture is not supported.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise Mistake(
-        f"{type(model).__name__}: no list of {depth} decoder blocks found; this architecture is "
-        "not supported, name another model"
-    )
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers how the model calls it and passes hidden states on."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        # Models ask a block for such things before calling it (sliding or full attention).
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-        self.hidden: Tensor | None = None
-        self.kwargs: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
-
-
 class BlockStream:
     """A causal language model in a safetensors folder, with one decoder block loaded at a time.
 
@@ -120,12 +88,17 @@ class BlockStream:
             self.model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-        if getattr(config, "quantization_config", None) is not None:
+        architectures.split_experts(self.model)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if quantized:
             self._quantize_skeleton()
         self.model.eval()
-        self.prefix, self.blocks = decoder_blocks(self.model)
+        self.prefix, self.blocks = architectures.decoder_blocks(self.model)
+        self._stored = architectures.stored_tensors(self.model, self._files)
         self._stem_loaded = False
         self._called: tuple[tuple[int, int], list[dict[str, Any]]] = ((0, 0), [])
+        if not quantized:  # its original was looked at
+            architectures.check_blocks(self.model, self.blocks)
 
     def _quantize_skeleton(self) -> None:
         """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""
@@ -137,7 +110,7 @@ class BlockStream:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
         quantizer.validate_environment(device_map={"": str(self.device)})
         self.model.config.quantization_config = quantization
-        with torch.device("meta"):
+        with torch.device("meta"), architectures.kept_conversions(self.model.config.model_type):
             quantizer.preprocess_model(model=self.model)
 
     def __len__(self) -> int:
@@ -147,12 +120,16 @@ class BlockStream:
         """Full name of block ``index``, for example ``model.layers.7``."""
         return f"{self.prefix}.{index}"
 
-    def _stored(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> Tensor:
         """A tensor as the files hold it; its pages are read as they are looked at."""
-        path = self._files[name]
+        stored = self._stored[name]
+        path = self._files[stored.name]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt", device="cpu")
-        return self._open[path].get_tensor(name)
+        file = self._open[path]
+        if stored.part:
+            return file.get_slice(stored.name)[stored.part]
+        return file.get_tensor(stored.name)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """A stored tensor on the device, in the stream's dtype."""
@@ -166,7 +143,8 @@ class BlockStream:
         """
         if index >= len(self) or not hasattr(os, "posix_fadvise"):
             return
-        names = [name for name in self._files if name.startswith(f"{self.name(index)}.")]
+        mine = f"{self.name(index)}."
+        names = {stored.name for name, stored in self._stored.items() if name.startswith(mine)}
         for path in {self._files[name] for name in names}:
             ranges = _ranges(path)
             with path.open("rb") as file:
@@ -182,8 +160,8 @@ class BlockStream:
             full = f"{name}.{local}" if name else local
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
-            if full in self._files:
-                value = self._cast(self._stored(full))
+            if full in self._stored:
+                value = self._cast(self._tensor(full))
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
                     parameter._is_hf_initialized = True  # _init_weights below leaves it alone
@@ -240,7 +218,7 @@ class BlockStream:
         self._stem_loaded = True
 
     @torch.inference_mode()
-    def _enter(self, input_ids: Tensor) -> list[_Recorder]:
+    def _enter(self, input_ids: Tensor) -> list[architectures.Recorder]:
         """Call the model with recorders in its blocks' places.
 
         Only the embedding's rows that are looked up are read.
@@ -250,18 +228,25 @@ class BlockStream:
         wanted, positions = input_ids.unique(return_inverse=True)
         embedding = self.model.get_submodule(self._embedding)
         table = embedding.weight
-        rows = self._cast(self._stored(f"{self._embedding}.weight")[wanted])
+        rows = self._cast(self._tensor(f"{self._embedding}.weight")[wanted])
         self._open.clear()
-        recorders = [_Recorder(block) for block in self.blocks]
+        recorders = [architectures.Recorder(block) for block in self.blocks]
+        recorders[-1].last = True
         parent_name, _, leaf = self.prefix.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
         setattr(parent, leaf, nn.ModuleList(recorders))
         try:
             self.model.base_model(input_ids=positions.to(self.device), use_cache=False)
+        except architectures.LastBlock:
+            pass
+        except Exception as error:
+            architectures.explain(self.model, recorders, error)
+            raise
         finally:
             setattr(parent, leaf, self.blocks)
             embedding.weight = table
+        architectures.check_calls(self.model, recorders)
         return recorders
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -280,29 +265,13 @@ class BlockStream:
         return self._called[1]
 
 
-def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Local name -> layer, for every linear layer of a block, plain or quantized, in order.
+def check(folder: Path, trust_remote_code: bool = False) -> None:
+    """Refuse a model that cannot be run block by block, or that has layers of an unknown kind.
 
-    A quantized layer is a leaf that holds packed weights (``qweight``) in place of ``weight``.
+    Its embeddings are read and no block is: this takes seconds, whatever the model's size.
+
+    Raises:
+        Mistake: naming the model's kind and what is not supported about it.
     """
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) or hasattr(module, "qweight")
-    }
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight (out, in), dequantized by the layer's own forward where it is packed.
-
-    The forward of the identity is exact: every output is one dequantized weight plus zeros.
-    """
-    if isinstance(layer, nn.Linear):
-        return layer.weight.detach()
-    eye = torch.eye(layer.infeatures, dtype=torch.float32, device=layer.qweight.device)
-    bias, layer.bias = layer.bias, None
-    try:
-        with torch.inference_mode():
-            return layer(eye).T
-    finally:
-        layer.bias = bias
+    stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
+    stream.calls(1, 2)

@@ -542,7 +542,7 @@ def test_a_tokenizer_without_a_pad_token_does_for_padded_documents(stage, tmp_pa
     params = TOKENIZE | {"samples": 2, "layout": "documents"}
     assert run(capfd, "tokenize_text", *args, params=params)[0] == 0
     args = ("--model", stage, "--tokens", tmp_path / "tokens", "--out", tmp_path / "moments")
-    params = {"shard": 0, "shards": 1, "version": 1}
+    params = {"expert_tokens": 512, "shard": 0, "shards": 1, "version": 1}
     assert run(capfd, "covariance", *args, params=params)[0] == 0
 
 
@@ -678,7 +678,7 @@ def test_a_rank_above_a_layers_width(tmp_path, capfd):
     content = {"outputs": {}, "tensors": {"model.safetensors": tensors}}
     (tmp_path / manifest.NAME).write_text(json.dumps(content))
     args = ("--name", "m", "--model", tmp_path, "--ranks", '{"e": [64]}')
-    code, shown = run(capfd, "check_ranks", *args)
+    code, shown = run(capfd, "check_model", *args)
     assert code == 1 and "Traceback" not in shown
     assert "adapters.e.ranks: 64 is above the width of model.layers.0.k_proj.weight" in shown
     assert "lower the rank to at most 32" in shown
@@ -736,7 +736,7 @@ def test_a_device_that_is_not_there(stage, evaluate, tmp_path, capfd, home):
 # Script -> an option that takes another stage's folder, here one that was not finished.
 STAGES = {
     "adapter": (),
-    "check_ranks": ("--model",),
+    "check_model": ("--model",),
     "compress": ("--model",),
     "covariance": ("--model",),
     "decompose": ("--compressed",),

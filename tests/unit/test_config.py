@@ -482,7 +482,7 @@ def test_defaults_are_filled_in_at_every_level():
         "method": "eora",
     }
     assert filled["tasks"]["p"]["window"] == 2048
-    assert filled["covariance"] == {"shards": 1, "tf32": False}
+    assert filled["covariance"] == {"shards": 1, "expert_tokens": 512, "tf32": False}
     assert filled["runtime"] == {"device": "auto", "batch_size": 8, "threads": 0, "store": True}
 
 
@@ -610,7 +610,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 3,
         "prepare_task": 1,
-        "check_ranks": 1,
+        "check_model": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 1,
@@ -623,7 +623,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 3,
-        "check_ranks": 1,
+        "check_model": 1,
         "tokenize": 2,
         "compress": 3,
         "covariance": 4,
@@ -636,7 +636,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
-        "check_ranks": 1,
+        "check_model": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 16,
@@ -649,7 +649,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
-        "check_ranks": 1,
+        "check_model": 1,
         "tokenize": 2,
         "compress": 3,
         "covariance": 8,
@@ -662,7 +662,7 @@ JOBS = {
         "download_model": 1,
         "download_dataset": 2,
         "prepare_task": 1,
-        "check_ranks": 1,
+        "check_model": 1,
         "tokenize": 2,
         "compress": 2,
         "covariance": 8,

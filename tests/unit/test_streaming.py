@@ -5,7 +5,7 @@ import torch
 from auto_round_extension.torch.qlinear_torch import QuantLinear
 from transformers import AutoModelForCausalLM
 
-from eora import streaming
+from eora import architectures, streaming
 from eora.errors import Mistake
 
 
@@ -55,7 +55,7 @@ def test_dense_weight_is_exact_under_a_bias_much_larger_than_it(bits):
         packed.copy_(drawn.int())
     layer.scales.copy_(torch.rand(layer.scales.shape, generator=generator) * 1e-3)
     layer.bias.fill_(1000.0)
-    weight = streaming.dense_weight(layer)
+    weight = architectures.dense_weight(layer)
     assert (layer.bias == 1000).all()
     layer.bias.zero_()
     assert weight.any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from eora import loading, manifest, streaming
+from eora import architectures, loading, manifest, streaming
 
 SETTINGS = {
     "bits": 4,
@@ -53,8 +53,8 @@ def test_a_setting_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, 
     original = streaming.BlockStream(model / "model", "cpu")
     stream = streaming.BlockStream(tmp_path / "model", "cpu")
     with stream.block(1) as block, original.block(1) as exact:
-        for name, layer in streaming.linear_layers(block).items():
-            weight = streaming.dense_weight(layer)
+        for name, layer in architectures.linear_layers(block).items():
+            weight = architectures.dense_weight(layer)
             loaded = whole.get_submodule(f"model.layers.1.{name}").weight
             # AutoRound loads in 16 bits whatever the checkpoint's dtype, and saves kept layers so.
             torch.testing.assert_close(weight, loaded, rtol=1e-2, atol=1e-3, check_dtype=False)

@@ -10,7 +10,16 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from eora import adapters, covariance, decomposition, loading, lowrank, manifest, streaming
+from eora import (
+    adapters,
+    architectures,
+    covariance,
+    decomposition,
+    loading,
+    lowrank,
+    manifest,
+    streaming,
+)
 
 IDS = torch.arange(2, 66).view(2, 32)
 
@@ -84,12 +93,12 @@ def test_dense_weights_give_the_packed_layers_outputs(pipeline):
     packed = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=AutoRoundConfig(backend="torch")
     )
-    layers = dict(streaming.linear_layers(packed.model.layers[1]))
+    layers = dict(architectures.linear_layers(packed.model.layers[1]))
     assert len(layers) == 7
     for layer in layers.values():
         x = torch.randn(5, layer.infeatures)
         with torch.inference_mode():
-            torch.testing.assert_close(x @ streaming.dense_weight(layer).T, layer(x))
+            torch.testing.assert_close(x @ architectures.dense_weight(layer).T, layer(x))
 
 
 @torch.inference_mode()
@@ -119,9 +128,9 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
         with safe_open(file, framework="pt") as opened:
             shared = json.loads(opened.metadata()["inputs"])["shared"]
         with original.block(index) as exact, rounded.block(index) as approximate:
-            for name, layer in streaming.linear_layers(exact).items():
+            for name, layer in architectures.linear_layers(exact).items():
                 error = (
-                    layer.weight - streaming.dense_weight(approximate.get_submodule(name))
+                    layer.weight - architectures.dense_weight(approximate.get_submodule(name))
                 ).double()
                 c = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
                 c[np.tril_indices(layer.in_features)] = moments[shared[name]].double()

@@ -74,7 +74,7 @@ def unsummed(files):
 def is_quick(stage):
     """Stages that are not worth keeping: they look at local files or write the report."""
     return re.match(
-        "report|check_ranks|prepare_task|download_(model/tiny|dataset/questions)", stage
+        "report|check_model|prepare_task|download_(model/tiny|dataset/questions)", stage
     )
 
 

@@ -33,7 +33,7 @@ def every_job(config: dict[str, Any]) -> set[Job]:
     found = {job("report")} | {job("download_dataset", dataset=d) for d in config["datasets"]}
     found |= {job("prepare_task", task=t) for t, e in config["tasks"].items() if "lm_eval" in e}
     for model in config["models"]:
-        found |= {job("download_model", model=model), job("check_ranks", model=model)}
+        found |= {job("download_model", model=model), job("check_model", model=model)}
         found |= {job("tokenize", model=model, calibration=c) for c in config["calibrations"]}
         found |= {job("evaluate", model=model, task=task) for task in config["tasks"]}
         for compression in config["compressions"]:
@@ -88,7 +88,7 @@ MESSAGES = {
     "download_model": r"Fetching model (?P<model>\S+)",
     "download_dataset": r"Fetching data set (?P<dataset>\S+)",
     "prepare_task": r"Preparing task (?P<task>\S+)",
-    "check_ranks": r"Checking the ranks against (?P<model>\S+)",
+    "check_model": r"Checking model (?P<model>\S+)",
     "tokenize": r"Tokenizing (?P<calibration>\S+) for (?P<model>\S+)",
     "compress": r"Compressing (?P<model>\S+) to (?P<compression>\S+)",
     "covariance": r"Second moments of (?P<model>\S+) on (?P<calibration>\S+),"
@@ -290,6 +290,11 @@ TABLE = {
         why="",
     ),
     "covariance.tf32": Row(edit(("covariance/tf32", True)), [some("covariance"), *FITTED]),
+    "covariance.expert_tokens": Row(
+        edit(("covariance/expert_tokens", 100)),
+        [some("covariance"), *FITTED],
+        why=r"covariance\.expert_tokens: 512 -> 100",
+    ),
     "runtime.device": Row(edit(("runtime/device", "auto")), NOTHING),
     "runtime.batch_size": Row(edit(("runtime/batch_size", 3)), NOTHING),
     "runtime.threads": Row(edit(("runtime/threads", 2)), NOTHING),

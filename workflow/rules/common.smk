@@ -77,6 +77,11 @@ def path_option(entry):
     return ["--path", str(Path(entry["path"]).expanduser())] if "path" in entry else []
 
 
+def trust_option(entry):
+    """The script's argument for a model whose own code may run."""
+    return ["--trust-remote-code"] if entry["trust_remote_code"] else []
+
+
 def script(name):
     """A stage's command. Untracked, as params that depend on input are: the checkout may move."""
     path = Path(workflow.basedir, "scripts", f"{name}.py")

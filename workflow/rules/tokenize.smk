@@ -3,32 +3,34 @@
 
 
 localrules:
-    check_ranks,
+    check_model,
 
 
-rule check_ranks:
-    """Refuse ranks that no layer is wide enough for, as soon as the model is here."""
+rule check_model:
+    """Refuse what is not supported and ranks that no layer is wide enough for, before any work."""
     input:
         model=made("models/{model}"),
+        model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
     output:
-        touch(f"{RESULTS}/models/{{model}}/ranks.checked"),
+        touch(f"{RESULTS}/models/{{model}}/model.checked"),
     log:
-        f"{RESULTS}/logs/check_ranks/{{model}}.log",
+        f"{RESULTS}/logs/check_model/{{model}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/check_ranks/{{model}}.tsv"
+        f"{RESULTS}/benchmarks/check_model/{{model}}.tsv"
     conda:
         "../../envs/environment.yaml"
     resources:
-        mem_mb=1000,
+        mem_mb=4000,
         runtime=15,
     params:
-        script=script("check_ranks"),
+        script=script("check_model"),
         ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config)),
+        trust=lambda wc, input: trust_option(config["models"][wc.model]),
     message:
-        "Checking the ranks against {wildcards.model}"
+        "Checking model {wildcards.model}"
     shell:
         "python {params.script:q} --name {wildcards.model:q} --model {input.model:q}"
-        " --ranks {params.ranks:q} 2>&1 | tee {log:q}"
+        " --ranks {params.ranks:q} {params.trust:q} 2>&1 | tee {log:q}"
 
 
 rule tokenize:
@@ -40,7 +42,7 @@ rule tokenize:
         dataset_files=lambda wc: ancient(
             f"{RESULTS}/datasets/{config['calibrations'][wc.calibration]['dataset']}/data"
         ),
-        checked=ancient(f"{RESULTS}/models/{{model}}/ranks.checked"),
+        checked=ancient(f"{RESULTS}/models/{{model}}/model.checked"),
     output:
         manifest=made("tokens/{model}/{calibration}"),
         tokens=f"{RESULTS}/tokens/{{model}}/{{calibration}}/tokens.safetensors",

@@ -1,4 +1,5 @@
-"""Refuse ranks above the width of one of a model's layers, before work is spent on it."""
+"""Refuse a model of an architecture that is not supported, and ranks above the width of one of its
+layers, before work is spent on it."""
 
 import json
 from pathlib import Path
@@ -13,9 +14,15 @@ def main(
     name: Annotated[str, typer.Option(help="The model's name in the config.")],
     model: Annotated[Path, cli.Stage("the model's download stage")],
     ranks: Annotated[str, typer.Option(help="JSON object: adapter -> list of ranks.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with it.")
+    ] = False,
 ) -> None:
     cli.setup()
     config.check_ranks(manifest.load(model), name, json.loads(ranks))
+    from eora import streaming
+
+    streaming.check(model / "model", trust_remote_code)
 
 
 if __name__ == "__main__":
