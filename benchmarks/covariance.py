@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import common
 from common import CALIBRATION, MODEL, Target
-from eora import covariance, streaming
+from eora import architectures, covariance, streaming
 
 
 def ours(folder: Path, data: list[covariance.Batch]) -> None:
@@ -50,8 +50,8 @@ def widths(model: PreTrainedModel) -> list[int]:
         if not any(args[0] is other for other in found):
             found.append(args[0])
 
-    _, blocks = streaming.decoder_blocks(model)
-    layers = [layer for block in blocks for layer in streaming.linear_layers(block).values()]
+    _, blocks = architectures.decoder_blocks(model)
+    layers = [layer for block in blocks for layer in architectures.linear_layers(block).values()]
     hooks = [layer.register_forward_pre_hook(hook) for layer in layers]
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -67,6 +68,14 @@ def make_model(folder: Path, seed: int = 0, layers: int = 3) -> Path:
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama: 3 blocks, hidden 64, intermediate 96, kv width 32."""
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+def symmetric(packed: torch.Tensor) -> torch.Tensor:
+    """The whole matrix of a packed lower triangle."""
+    size = int((2 * len(packed)) ** 0.5)  # n (n + 1) / 2 values
+    matrix = torch.zeros(size, size, dtype=packed.dtype)
+    matrix[np.tril_indices(size)] = packed
+    return matrix + matrix.tril(-1).T
 
 
 def make_questions(path: Path) -> None:

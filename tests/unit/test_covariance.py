@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import symmetric
 from eora import covariance, streaming, triangles
 
 SEQLEN = 24
@@ -22,12 +23,6 @@ def samples():
     return ids.masked_fill(torch.arange(SEQLEN) >= lengths[:, None], 0), lengths
 
 
-def full(packed):
-    """The whole symmetric C of a packed triangle."""
-    lower = triangles.unpack(packed)
-    return lower + lower.tril(-1).T
-
-
 def collect(folder, samples, batch_size, shards=1):
     """All blocks' second moments: full layer name -> C, and the number of tokens."""
     stream = streaming.BlockStream(folder, "cpu", torch.float32)
@@ -36,7 +31,7 @@ def collect(folder, samples, batch_size, shards=1):
 
     def keep(index, block):
         for name, leader in block.shared.items():
-            found[f"{stream.name(index)}.{name}"] = full(block.moments[leader].mean())
+            found[f"{stream.name(index)}.{name}"] = symmetric(block.moments[leader].mean())
         tokens.update(m.tokens for m in block.moments.values())
 
     for shard in range(shards):
@@ -99,7 +94,7 @@ def test_early_batches_weigh_as_much_as_late_ones():
         x = torch.zeros(4, 50)
         x[:, i] = 1.0
         moment.add(x)
-    torch.testing.assert_close(full(moment.mean()), torch.eye(50) / 50)
+    torch.testing.assert_close(symmetric(moment.mean()), torch.eye(50) / 50)
 
 
 def test_small_addends_are_not_lost_in_a_large_sum():

@@ -3,13 +3,13 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from conftest import symmetric
 from eora import (
     adapters,
     architectures,
@@ -132,9 +132,7 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
                 error = (
                     layer.weight - architectures.dense_weight(approximate.get_submodule(name))
                 ).double()
-                c = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
-                c[np.tril_indices(layer.in_features)] = moments[shared[name]].double()
-                c += c.tril(-1).T
+                c = symmetric(moments[shared[name]]).double()
                 values, q = torch.linalg.eigh(c)
                 projection = q * values.clamp(min=0).sqrt()
                 singular = torch.linalg.svdvals(error @ projection)
