@@ -222,4 +222,9 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
         Mistake: naming the model's kind and what is not supported about it.
     """
     stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
-    stream.calls(torch.zeros(1, 2, dtype=torch.long), None)
+    try:
+        stream.calls(torch.zeros(1, 2, dtype=torch.long), None)
+    except NotImplementedError as error:  # of meta tensors that are neither stored nor buffers
+        raise architectures.unsupported(
+            stream.model, f"it cannot be called without its blocks ({error})"
+        ) from error
