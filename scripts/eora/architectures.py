@@ -37,7 +37,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise _unsupported(model, f"no list of {depth} decoder blocks is found in it")
+    raise unsupported(model, f"no list of {depth} decoder blocks is found in it")
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
@@ -166,7 +166,7 @@ def split_experts(model: PreTrainedModel) -> None:
         if _is_known(module):
             model.set_submodule(name, Experts(module))
         elif fused and not isinstance(module, nn.Conv1d):
-            raise _unsupported(model, f"{name}.{fused[0]} holds experts of an unknown layout")
+            raise unsupported(model, f"{name}.{fused[0]} holds experts of an unknown layout")
 
 
 def experts(block: nn.Module) -> dict[str, Experts]:
@@ -290,7 +290,8 @@ class Recorder(nn.Module):
         return hidden_states
 
 
-def _unsupported(model: PreTrainedModel, why: str) -> Mistake:
+def unsupported(model: PreTrainedModel, why: str) -> Mistake:
+    """What to raise for a model that cannot be run block by block."""
     return Mistake(
         f"{type(model).__name__} ({model.config.model_type}) is not supported: {why}; "
         "name another model"
@@ -317,14 +318,14 @@ def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         and not getattr(model.config, "is_decoder", True)
         or not all(getattr(module, "is_causal", True) for module in blocks.modules())
     ):
-        raise _unsupported(model, "its tokens see those after them, as in an encoder")
+        raise unsupported(model, "its tokens see those after them, as in an encoder")
     for i, block in enumerate(blocks):
         routers = _routers(block)
         layers = {name for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         for name, tensor in block.named_parameters():
             owner = name.rpartition(".")[0]
             if tensor.ndim > 1 and owner not in layers and not name.startswith(routers):
-                raise _unsupported(
+                raise unsupported(
                     model,
                     f"block {i} holds {name} of shape {tuple(tensor.shape)}, which is no linear "
                     "layer (attention and feed-forward layers alone are known)",
@@ -338,7 +339,7 @@ def explain(model: PreTrainedModel, recorders: list[Recorder], error: Exception)
         Mistake: it failed between two blocks.
     """
     if recorders[0].hidden is not None and recorders[-1].hidden is None:
-        raise _unsupported(model, f"its blocks return more than hidden states ({error})") from error
+        raise unsupported(model, f"its blocks return more than hidden states ({error})") from error
 
 
 def check_calls(model: PreTrainedModel, recorders: list[Recorder]) -> None:
@@ -355,15 +356,15 @@ def check_calls(model: PreTrainedModel, recorders: list[Recorder]) -> None:
     """
     first = recorders[0].hidden
     if first is None or first.ndim != 3:
-        raise _unsupported(model, "its blocks do not take hidden states (batch, seq, width)")
+        raise unsupported(model, "its blocks do not take hidden states (batch, seq, width)")
     for i, recorder in enumerate(recorders):
         if recorder.hidden is not first:
-            raise _unsupported(
+            raise unsupported(
                 model, f"block {i} does not take the hidden states as block {i - 1} returns them"
             )
         for name, value in recorder.kwargs.items():
             if not _is_plain(value):
-                raise _unsupported(
+                raise unsupported(
                     model, f"its blocks share {name} ({type(value).__name__}) beside hidden states"
                 )
 

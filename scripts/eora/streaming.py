@@ -274,4 +274,9 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
         Mistake: naming the model's kind and what is not supported about it.
     """
     stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
-    stream.calls(1, 2)
+    try:
+        stream.calls(1, 2)
+    except NotImplementedError as error:  # of meta tensors that are neither stored nor buffers
+        raise architectures.unsupported(
+            stream.model, f"it cannot be called without its blocks ({error})"
+        ) from error

@@ -403,6 +403,9 @@ MANIFEST = {
             "model.layers.0.self_attn.k_proj.weight": {"dtype": "F32", "shape": [32, 64]},
             "model.layers.0.self_attn.k_proj.bias": {"dtype": "F32", "shape": [32]},
             "model.layers.0.input_layernorm.weight": {"dtype": "F32", "shape": [64]},
+            "model.layers.1.mlp.gate.weight": {"dtype": "F32", "shape": [8, 64]},
+            "model.layers.1.mlp.shared_expert_gate.weight": {"dtype": "F32", "shape": [1, 64]},
+            "model.layers.1.mlp.experts.0.gate_proj.weight": {"dtype": "F32", "shape": [48, 64]},
         }
     }
 }

@@ -62,3 +62,14 @@ def test_an_unknown_revision_fails_and_leaves_no_manifest(endpoint, tmp_path):
     done = fetch("download_model", {"hub": "tiny/model", "revision": "f" * 40}, out, endpoint)
     assert done.returncode != 0
     assert not (out / manifest.NAME).exists()
+
+
+def test_a_kind_that_is_not_supported_is_refused_before_its_weights_are_fetched(tmp_path):
+    """There are none: asking for them would be another message."""
+    config = json.dumps({"model_type": "mamba", "state_size": 16}).encode()
+    with hub({"tiny/mamba": {"config.json": config}}) as endpoint:
+        source = {"hub": "tiny/mamba", "revision": COMMIT}
+        done = fetch("download_model", source, tmp_path / "model", endpoint)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "model_type mamba is a state-space model, or a hybrid with one" in done.stdout
+    assert "tiny/mamba" in done.stdout and not (tmp_path / "model" / manifest.NAME).exists()
