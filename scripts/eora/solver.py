@@ -14,7 +14,8 @@ first r columns/rows of any larger one.
 Where out > in the same U comes from the in-side: with ``C = S S^T`` and the right singular vectors
 V of ``D S``, ``U = D S V / sigma``. So no eigenproblem is larger than min(out, in).
 
-The large products take the error's own precision (float32 for stored weights); what is left of the
+The large products take the error's own precision (float32 for stored weights) unless one direction
+is so much larger than the wanted ones that they would drown in its rounding; what is left of the
 problem after them, min(out, in) wide, is solved in float64 (:mod:`eora.eigen`).
 """
 
@@ -33,6 +34,9 @@ Method = Literal["eora", "diagonal", "svd"]
 
 # Directions whose share of the largest eigenvalue is below this are rounding noise in float64.
 _NOISE = 1e-12
+# Rounding of the largest eigenvalue, relative to the smallest wanted, up to which products take the
+# error's own precision. At 1e-2 the excess is 1e-6 (512 x 1024, rank 64) and grows by the square.
+_ROUNDING = 1e-2
 # Added to a second moment's diagonal, relative to it, for its Cholesky factor.
 _JITTER = 1e-12
 
@@ -86,10 +90,9 @@ def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
     """left (m, n) @ T, where the symmetric ``matrix`` (n, n) is T + T^T and T lower-triangular."""
     product = torch.empty_like(left)
     for columns in _blocks(len(matrix)):
-        corner = matrix[columns, columns].tril()
-        corner.diagonal().div_(2)
-        torch.matmul(left[:, columns], corner, out=product[:, columns])
-        product[:, columns] += left[:, columns.stop :] @ matrix[columns.stop :, columns]
+        lower = matrix[columns.start :, columns].to(left.dtype).tril()
+        lower.diagonal().div_(2)
+        torch.matmul(left[:, columns.start :], lower, out=product[:, columns])
     return product
 
 
@@ -151,7 +154,7 @@ def _outer(error: Tensor, metric: Metric) -> Tensor:
         scaled = error * (metric.channels / metric.unit).sqrt().to(error.dtype)
         return _symmetric(scaled, scaled.T)
     scaled = error / metric.unit**0.5
-    product = _times_half(scaled, metric.moment.to(error.dtype)) @ scaled.T
+    product = _times_half(scaled, metric.moment) @ scaled.T
     return product.add_(product.T.clone())
 
 
@@ -168,6 +171,22 @@ def _inner(error: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         below = slice(rows.start, None)
         gram[rows, : rows.stop] = root[below, rows].T @ right[below, : rows.stop]
     return _mirrored(gram), metric.root
+
+
+def _directions(error: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``rank`` largest eigenvalues of M (rank,) with eigenvectors (out, rank), and M's trace;
+    float64, the products in the error's precision."""
+    if error.shape[0] <= error.shape[1]:
+        objective = _outer(error, metric)
+        values, u = eigen.top(objective, rank)
+    else:
+        objective, root = _inner(error, metric)
+        values, v = eigen.top(objective, rank)
+        seen = root @ v if root.shape[1] > 1 else root * v
+        # D S v / sigma, orthonormal but for rounding; QR makes it so and keeps the order.
+        image = torch.cat([error[rows].double() @ seen for rows in _blocks(len(error))])
+        u = torch.linalg.qr(image).Q
+    return values, u, objective.diagonal().double().sum()
 
 
 def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
@@ -196,17 +215,9 @@ def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
         raise ValueError("the error holds values that are not finite")
     error = error.to(torch.promote_types(error.dtype, torch.float32))
     rank = min(max_rank, out_features, in_features)
-    if out_features <= in_features:
-        objective = _outer(error, metric)
-        values, u = eigen.top(objective, rank)
-    else:
-        objective, root = _inner(error, metric)
-        values, v = eigen.top(objective, rank)
-        seen = root @ v if root.shape[1] > 1 else root * v
-        # D S v / sigma, orthonormal but for rounding; QR makes it so and keeps the order.
-        image = torch.cat([error[rows].double() @ seen for rows in _blocks(out_features)])
-        u = torch.linalg.qr(image).Q
-    total = objective.diagonal().double().sum()
+    values, u, total = _directions(error, metric, rank)
+    if torch.finfo(error.dtype).eps * values[0] > _ROUNDING * values[-1]:
+        values, u, total = _directions(error.double(), metric, rank)
 
     noise = values <= _NOISE * values[:1]
     values = values.masked_fill(noise, 0)
