@@ -14,8 +14,6 @@ every gap > 0, completing the square in the coupling R,
 With gap = theta_r - mu, the r largest eigenvalues of M sum to at most those of the k x k matrix
 ``Theta + R^T R / gap``. ``N <= mu`` is proved by a Cholesky factor of ``mu - N``: nothing is
 assumed of M's spectrum, or of how X was found. What cannot be proved is left to the direct method.
-
-*When.* Measured on one core of a CPU, on the matrices of benchmarks/solver.py: see :func:`top`.
 """
 
 from __future__ import annotations
@@ -50,8 +48,13 @@ def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         of the trace is the least possible but for 1e-6 of it, or for rounding in float64.
     """
     exact = matrix.double()
-    found = iterated(exact, rank) if len(matrix) >= 2000 and 16 * rank <= len(matrix) else None
+    found = iterated(exact, rank) if pays(len(matrix), rank) else None
     return found or direct(exact, rank)
+
+
+def pays(size: int, rank: int) -> bool:
+    """Whether to try iteration before the direct method, by their measured times."""
+    return size >= 2000 and 16 * rank <= size
 
 
 def direct(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

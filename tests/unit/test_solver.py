@@ -176,16 +176,104 @@ def test_stored_precision_is_no_worse_than_the_textbook_in_float64(
     assert factors.residual[0].item() == pytest.approx(whole.item() * scale, rel=1e-5)
 
 
+def with_large_direction(error, moment, place, size):
+    """A problem in which one direction of the error or of the inputs is far larger than all."""
+    out, features = error.shape
+    along = torch.linspace(-1, 1, features, dtype=moment.dtype)
+    if place == "inputs":
+        return error, moment + size * moment.diagonal().mean() * along * along[:, None]
+    return error + size**0.5 * torch.linspace(1, 2, out, dtype=error.dtype)[:, None] * along, moment
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_directions_are_orthonormal_beside_one_that_is_far_larger(shape):
+@pytest.mark.parametrize("place, size", [("inputs", 1e5), ("error", 1e3)])
+def test_directions_are_orthonormal_beside_one_that_is_far_larger(shape, place, size):
     """Else the residual curve, which counts on it, would tell less than is left."""
-    error, moment = problem(*shape, tokens=600)
-    large = torch.linspace(-1, 1, shape[1], dtype=moment.dtype)
-    moment += 1e5 * moment.diagonal().mean() * large * large[:, None]
+    error, moment = with_large_direction(*problem(*shape, tokens=600), place, size)
     factors = solver.decompose(error.float(), solver.Metric(moment.float(), "eora"), 10)
     u = factors.lora_B.double()
     u = u / u.norm(dim=0)
-    torch.testing.assert_close(u.T @ u, torch.eye(10, dtype=u.dtype), rtol=0, atol=1e-5)
+    torch.testing.assert_close(u.T @ u, torch.eye(10, dtype=u.dtype), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("place, size", [("inputs", 1e2), ("error", 1e3), ("error", 1e7)])
+def test_directions_are_best_beside_one_that_is_far_larger(shape, place, size):
+    """They must not drown in its rounding."""
+    error, moment = with_large_direction(*problem(*shape, tokens=600), place, size)
+    error = error.float()
+    factors = solver.decompose(error, solver.Metric(moment, "eora"), 10)
+    error = error.double()
+    best = objective(error, textbook(error, moment, 10), moment)
+    found = objective(error, product(factors, 10).double(), moment)
+    assert found <= best * (1 + 1e-6) + 1e-12 * factors.residual[0]
+    assert factors.residual[10].item() == pytest.approx(found.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["eora", "diagonal", "svd"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_above_a_second_moments_diagonal_nothing_is_read(shape, method):
+    error, moment = problem(*shape, tokens=600)
+    whole = solver.decompose(error, solver.Metric(moment, method), 6)
+    lower = moment.tril() + torch.full_like(moment, torch.nan).triu(1)
+    half = solver.decompose(error, solver.Metric(lower, method), 6)
+    for one, other in zip(vars(whole).values(), vars(half).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_second_moment_is_left_as_it_is():
+    error, moment = problem(30, 12, tokens=600)
+    before = moment.clone()
+    solver.decompose(error, solver.Metric(moment, "eora"), 6)
+    assert torch.equal(moment, before)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(20, 9), (9, 20), (14, 14), (1, 5), (5, 1)]),
+    method=st.sampled_from(["eora", "diagonal", "svd"]),
+    kind=st.sampled_from(["zero", "one token", "few tokens", "dead", "one channel", "whole"]),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    rank=st.integers(1, 20),
+    seed=st.integers(0, 10_000),
+)
+def test_any_second_moment_gives_finite_nested_factors(
+    shape, method, kind, scale, dtype, rank, seed
+):
+    error, moment = problem(*shape, {"one token": 1, "few tokens": 3}.get(kind, 50), seed)
+    moment /= moment.diagonal().mean()
+    seen = torch.ones(shape[1], dtype=moment.dtype)
+    seen[{"zero": slice(None), "dead": slice(2), "one channel": slice(1, None)}.get(kind, [])] = 0
+    moment = (moment * seen * seen[:, None] * scale).to(dtype)
+    metric = solver.Metric(moment, method)
+    large, small = (solver.decompose(error.to(dtype), metric, r) for r in (rank, (rank + 1) // 2))
+    assert all(torch.isfinite(found).all() for found in vars(large).values())
+    assert (large.residual >= 0).all() and (large.residual.diff() <= 0).all()
+    kept = len(small.residual)
+    torch.testing.assert_close(large.residual[:kept], small.residual, rtol=1e-6, atol=0)
+    # What the residual says of the smaller rank is what the larger one's first columns leave.
+    measure = {"eora": moment, "diagonal": moment.diagonal().diag(), "svd": torch.eye(shape[1])}
+    cut = product(large, kept - 1).double()
+    left = objective(error.to(dtype).double(), cut, measure[method].double())
+    rounding = max(100 * torch.finfo(dtype).eps, 1e-11) * large.residual[0]
+    torch.testing.assert_close(left, small.residual[-1], rtol=1e-5, atol=rounding.item())
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+def test_iterated_directions_are_as_good(shape, monkeypatch):
+    error, moment = problem(*shape, tokens=2000)
+    # A spectrum that a Krylov space of a third of all columns holds.
+    scales = torch.arange(1, shape[1] + 1, dtype=moment.dtype) ** -1
+    moment = moment * scales * scales[:, None]
+    error = error.float()
+    monkeypatch.setattr(solver.eigen, "pays", lambda size, rank: True)
+    monkeypatch.setattr(solver.eigen, "direct", None)
+    factors = solver.decompose(error, solver.Metric(moment.float(), "eora"), 8)
+    error, moment = error.double(), moment.float().double()
+    best = objective(error, textbook(error, moment, 8), moment)
+    assert objective(error, product(factors, 8).double(), moment) <= best * (1 + 1e-6)
+    assert factors.residual[8].item() == pytest.approx(best.item(), rel=1e-5)
 
 
 def test_bad_input_is_refused():
