@@ -63,7 +63,7 @@ def main(
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from eora import architectures, covariance, streaming
+    from eora import architectures, block_files, covariance, streaming
 
     where = cli.device(device)
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
@@ -96,7 +96,7 @@ def main(
                     spec.expert_tokens,
                     ", ".join(f"{expert}: {tokens}" for expert, tokens in few.items()),
                 )
-            covariance.save_moments(moments / covariance.block_file(index), block)
+            covariance.save_moments(moments / block_files.name(index), block)
 
         with tempfile.TemporaryDirectory(dir=folder) as spill:
             after = covariance.run_shard(
