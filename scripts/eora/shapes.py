@@ -29,8 +29,8 @@ _TOGETHER = {
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
     for name in names
 }
-# Small layers that choose the experts: never compressed.
-_ROUTERS = ("mlp.gate", "router", "block_sparse_moe.gate")
+# Small layers that choose among experts, or weigh them: they are no part of any stage's work.
+_ROUTERS = ("mlp.gate", "router", "block_sparse_moe.gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -162,17 +162,26 @@ def shapes(tensors: Tensors, experts: int = 1) -> Shapes:
 
 def _block(tensors: dict[str, list[int]], experts: int) -> Block:
     layers: dict[str, Layer] = {}
+    for name, rows, columns, copies in _linear(tensors):
+        copies += layers[name].copies if name in layers else 0
+        active = min(experts, copies) if "*" in name else 1
+        layers[name] = Layer(name, rows, columns, copies, active)
+    return Block(tuple(layers.values()), sum(map(math.prod, tensors.values())))
+
+
+def _linear(tensors: dict[str, list[int]]) -> Iterator[tuple[str, int, int, int]]:
+    """Name, width out and in, and copies of all linear layers; experts as if each had its own."""
     for local, shape in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", local.removesuffix(".weight"))
         if name.endswith(_ROUTERS):
             continue
         if len(shape) == 3 and "experts" in name:  # fused: (experts, out, in)
-            layers[name] = Layer(name, *shape[1:], shape[0], min(experts, shape[0]))
+            parent, _, leaf = name.rpartition(".")
+            parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+            for part in parts:
+                yield f"{parent}.*.{part}", shape[1] // len(parts), shape[2], shape[0]
         elif len(shape) == 2 and local.endswith(".weight"):
-            copies = layers[name].copies + 1 if name in layers else 1
-            active = min(experts, copies) if "*" in name else 1
-            layers[name] = Layer(name, *shape, copies, active)
-    return Block(tuple(layers.values()), sum(map(math.prod, tensors.values())))
+            yield name, *shape, 1
 
 
 def _active_experts(config_json: Path) -> int:

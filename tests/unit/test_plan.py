@@ -196,14 +196,21 @@ def test_inputs_are_those_that_the_covariance_pass_finds(kind, tmp_path):
 
 
 def test_experts_are_counted_once_each_and_worked_on_when_chosen():
-    moe = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": [48, 32] for i in range(8)}
-    fused = {"model.layers.0.mlp.experts.gate_up_proj": [8, 48, 32]}
+    expert = {"gate_proj": [48, 32], "up_proj": [48, 32], "down_proj": [32, 48]}
+    base = "model.layers.0.mlp.experts"
+    moe = {f"{base}.{i}.{n}.weight": s for i in range(8) for n, s in expert.items()}
+    fused = {f"{base}.gate_up_proj": [8, 96, 32], f"{base}.down_proj": [8, 32, 48]}
     rest = {"model.embed_tokens.weight": [64, 32], "model.layers.0.mlp.gate.weight": [8, 32]}
-    for experts in (moe, fused):
-        tensors = {n: {"dtype": "BF16", "shape": s} for n, s in (experts | rest).items()}
-        (layer,) = shapes.shapes(tensors, experts=2).blocks[0].layers
-        assert (layer.rows, layer.columns, layer.copies, layer.active) == (48, 32, 8, 2)
-        assert shapes.shapes(tensors, experts=2).blocks[0].active == 2 * 48 * 32
+    found = [
+        shapes.shapes(
+            {n: {"dtype": "BF16", "shape": s} for n, s in (experts | rest).items()}, experts=2
+        )
+        for experts in (moe, fused)
+    ]
+    assert found[0] == found[1]
+    (block,) = found[0].blocks
+    assert [(n.columns, n.copies, n.active) for n in block.inputs] == [(32, 8, 2), (48, 8, 2)]
+    assert block.active == 2 * 3 * 48 * 32
 
 
 def test_a_model_without_blocks_is_refused():

@@ -1,7 +1,9 @@
 """What the whole workflow leaves behind, on a tiny real model."""
 
+import ast
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import symmetric
+from conftest import ROOT, symmetric
 from eora import (
     adapters,
     architectures,
@@ -18,8 +20,12 @@ from eora import (
     loading,
     lowrank,
     manifest,
+    plan,
+    shapes,
+    stages,
     streaming,
 )
+from eora import config as cfg
 
 IDS = torch.arange(2, 66).view(2, 32)
 
@@ -72,6 +78,29 @@ def test_every_job_left_a_log_and_a_benchmark(pipeline):
         for p in find(pipeline, "tsv")
     }
     assert logs == marks and len(logs) > 30
+
+
+# Each attempt asks for half as much again as the first, and a job for no less than 30 minutes.
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize("model", ["tiny", "twin"])  # twin was not downloaded as the run began
+def test_jobs_ask_for_what_the_plan_says(pipeline, tmp_path, model, attempt):
+    place = stages.place("adapter", model=model, compression="w2", adapter="eora", rank=4)
+    if attempt > 1:
+        pipeline = pipeline.copy(tmp_path / "again")
+        wanted = ["--attempt", str(attempt), "--benchmark-extended", "--forcerun", "adapter"]
+        done = pipeline.snakemake(*wanted, "--", f"results/{place.folder}/manifest.json")
+        assert done.returncode == 0, done.stdout
+    mark = f"benchmarks/adapter/{place.folder.removeprefix('adapters/')}.tsv"
+    with (pipeline.results / mark).open() as file:
+        asked = ast.literal_eval(next(csv.DictReader(file, delimiter="\t"))["resources"])
+    config = cfg.validate(
+        pipeline.config, cfg.load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    )
+    known = shapes.known(config["models"][model], pipeline.results / "models" / model)
+    cost = plan.Costs(config, cuda=False).of(place, known)
+    first = math.ceil(1.25 * plan.total(plan.peak(cost.host)) / 1e6)
+    assert asked["mem_mb"] == math.ceil(first * (1 + attempt) / 2)
+    assert asked["runtime"] == 15 * (1 + attempt)
 
 
 def find(pipeline, suffix):
