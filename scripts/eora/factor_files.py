@@ -74,7 +74,7 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
                     "raise adapters.<name>.max_rank, or lower the rank where the layer is narrower"
                 )
             pairs[layer] = (a[:rank].clone(), b[:, :rank].clone())  # lets go of the rest
-            curves[layer] = tensors[f"{layer}.residual"]
+            curves[layer] = tensors[f"{layer}.residual"].clone()
     return pairs, curves
 
 
