@@ -40,5 +40,6 @@ def decompose_block(
             if inputs.shared[name] != leader:
                 leader = inputs.shared[name]
                 metric = solver.Metric(inputs.lower(leader).to(error.device), method)
-            found[f"{original.name(index)}.{name}"] = solver.decompose(error, metric, max_rank)
+            fitted = solver.decompose(error, metric, max_rank)
+            found[f"{original.name(index)}.{name}"] = fitted.cpu()
     factor_files.save(out / block_files.name(index), found, transposed)

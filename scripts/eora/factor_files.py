@@ -27,14 +27,14 @@ def save(path: Path, layers: dict[str, Factors], transposed: bool) -> None:
 
     Args:
         path: the file.
-        layers: full name -> factors.
+        layers: full name -> factors, in host memory.
         transposed: whether the layers hold their weights as (in, out), as GPT-2's do.
     """
     tensors: dict[str, Tensor] = {}
     for name, factors in layers.items():
-        tensors[f"{name}.lora_A"] = factors.lora_A.cpu().contiguous()
-        tensors[f"{name}.lora_B"] = factors.lora_B.cpu().contiguous()
-        tensors[f"{name}.residual"] = factors.residual.cpu()
+        tensors[f"{name}.lora_A"] = factors.lora_A.contiguous()
+        tensors[f"{name}.lora_B"] = factors.lora_B.contiguous()
+        tensors[f"{name}.residual"] = factors.residual
     save_file(tensors, path, {_TRANSPOSED: "true"} if transposed else None)
 
 

@@ -4,9 +4,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import symmetric
 from eora import block_files, covariance, streaming, triangles
@@ -157,3 +158,29 @@ def test_hidden_states_between_shards_are_those_of_any_batch_size(tiny_model, sa
     ]
     assert between[0].shape == (int(samples[1].sum()), 64)  # no padding is handed on
     torch.testing.assert_close(*between, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_does_not_grow_with_depth(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=24,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        dtype="bfloat16",
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    stream = streaming.BlockStream(tmp_path, "cpu", torch.float32)
+    data = covariance.batches(torch.ones(8, 256, dtype=torch.int64), torch.full((8,), 256), 8)
+    resident = []
+
+    def save(index: int, block: covariance.BlockMoments) -> None:
+        covariance.save_moments(tmp_path / "moments", block)
+        resident.append(psutil.Process().memory_info().rss)
+
+    covariance.run_shard(stream, range(24), data, None, tmp_path, save)
+    one_block = 4 * sum(p.numel() for p in stream.blocks[0].parameters())
+    assert max(resident[12:]) - max(resident[:4]) < 4 * one_block
