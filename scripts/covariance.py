@@ -1,6 +1,7 @@
 """Collect the second moments of one shard of decoder blocks, from the original model."""
 
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,9 @@ def main(
         # samples: an empty file says so.
         serialize_file({}, out / handed_on)
         return
+    # Or pinned memory would come in powers of two: hidden states of 17 GB would take 32.
+    pinned = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", pinned)
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm

@@ -258,11 +258,7 @@ class Hidden:
             file = str(spill / "hidden.spilled")
             states = torch.from_file(file, shared=True, size=size, dtype=dtype)
         else:
-            states = torch.empty(size, dtype=dtype)
-            if self.device.type == "cuda":
-                # Pinned in place, for fast copies; torch's own pinned memory comes in powers of
-                # two. What cannot be pinned is copied more slowly.
-                torch.cuda.cudart().cudaHostRegister(states.data_ptr(), states.nbytes, 0)
+            states = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
         self.states = states.view(tokens, like.numel())
 
     def settle(self) -> None:
@@ -271,8 +267,7 @@ class Hidden:
             return
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         if self.states.nbytes < 0.9 * free - torch.cuda.max_memory_allocated(self.device):
-            host, self.states = self.states, self.states.to(self.device)
-            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+            self.states = self.states.to(self.device)
 
 
 def _run_block(
