@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import common
 from common import CALIBRATION, MODEL, Target
-from eora import architectures, covariance, streaming
+from eora import architectures, block_files, covariance, streaming
 
 
 def ours(folder: Path, data: list[covariance.Batch]) -> None:
@@ -31,7 +31,7 @@ def ours(folder: Path, data: list[covariance.Batch]) -> None:
             data,
             None,
             out,
-            lambda i, block: covariance.save_moments(out / covariance.block_file(i), block),
+            lambda i, block: covariance.save_moments(out / block_files.name(i), block),
         )
 
 

@@ -37,21 +37,19 @@ def main(
         stage="adapter",
         params=vars(spec),
         inputs={f"shard {i}": path for i, path in enumerate(decompositions)},
-        tools=("peft", "torch"),
+        tools=("torch",),
         kept=store,
     )
     if result.restored():
         return
-    from eora import adapters, covariance, decomposition
+    from eora import adapters, block_files, factor_files
 
     with result.publish() as folder:
-        files = [
-            file for path in decompositions for file in covariance.block_files(path / "factors")
-        ]
-        pairs, curves = decomposition.slice_rank(files, spec.rank)
-        transposed = decomposition.is_transposed(files)
+        files = [file for path in decompositions for file in block_files.listed(path / "factors")]
+        pairs, curves = factor_files.slice_rank(files, spec.rank)
+        transposed = factor_files.is_transposed(files)
         adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model, transposed)
-        decomposition.save_curves(folder / "residuals.json", curves)
+        factor_files.save_curves(folder / "residuals.json", curves)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Collect the second moments of one shard of decoder blocks, from the original model."""
 
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,14 @@ def main(
         # samples: an empty file says so.
         serialize_file({}, out / handed_on)
         return
+    # Or pinned memory would come in powers of two: hidden states of 17 GB would take 32.
+    pinned = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", pinned)
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from eora import architectures, covariance, streaming
+    from eora import architectures, block_files, covariance, streaming
 
     where = cli.device(device)
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
@@ -96,7 +100,7 @@ def main(
                     spec.expert_tokens,
                     ", ".join(f"{expert}: {tokens}" for expert, tokens in few.items()),
                 )
-            covariance.save_moments(moments / covariance.block_file(index), block)
+            covariance.save_moments(moments / block_files.name(index), block)
 
         with tempfile.TemporaryDirectory(dir=folder) as spill:
             after = covariance.run_shard(

@@ -36,10 +36,10 @@ def main(
     )
     if result.restored():
         return
-    from eora import adapters
+    from eora import adapters, packing
 
     with result.publish() as folder:
-        adapters.save_packed(
+        packing.save(
             folder / "adapter",
             adapters.load_peft(adapter / "adapter"),
             spec.bits,

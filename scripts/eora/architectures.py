@@ -299,8 +299,8 @@ def unsupported(model: PreTrainedModel, why: str) -> Mistake:
 
 
 # No list of families decides what is supported: such a list would refuse the many that are like
-# those in it. The checks below were tried with tiny random models of all families that
-# transformers has: whatever passes them gives, block by block, the whole model's hidden states.
+# those in it. The checks below were tried with tiny random models of most of transformers' causal
+# families: whatever passed them gave, block by block, the whole model's hidden states.
 
 
 def check_blocks(model: PreTrainedModel, blocks: nn.ModuleList) -> None:

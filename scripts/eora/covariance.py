@@ -333,16 +333,6 @@ def run_shard(
     return hidden.states
 
 
-def block_file(index: int) -> str:
-    """File name of one block's second moments, factors or curves."""
-    return f"block-{index:04d}.safetensors"
-
-
-def block_files(folder: Path) -> list[Path]:
-    """All block files of a folder, in the blocks' order."""
-    return sorted(folder.glob("block-*.safetensors"))
-
-
 def save_moments(path: Path, block: BlockMoments) -> None:
     """Write one block's second moments: for each distinct input a packed float32 triangle.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eora import adapters
+from eora import adapters, packing
 from eora.errors import Mistake
 
 
@@ -29,7 +29,7 @@ class Factors(nn.Module):
 
 
 class PackedFactors(nn.Module):
-    """Low-bit A and B^T, packed in memory as on disk (see :mod:`eora.adapters`)."""
+    """Low-bit A and B^T, packed in memory as on disk (see :mod:`eora.packing`)."""
 
     def __init__(self, bits: int, sides: dict[str, dict[str, Tensor]]):
         super().__init__()
@@ -41,7 +41,7 @@ class PackedFactors(nn.Module):
     def _side(self, side: str, dtype: torch.dtype) -> Tensor:
         names = ("weight_packed", "weight_scale", "weight_shape")
         packed = {name: getattr(self, f"{side}_{name}") for name in names}
-        return adapters.unpack(packed, self.bits, dtype)
+        return packing.unpack(packed, self.bits, dtype)
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), unpacked into ``dtype``."""
@@ -63,8 +63,8 @@ class LowRankLinear(nn.Module):
 
 def load_factors(folder: Path) -> dict[str, Factors | PackedFactors]:
     """Layer name -> factors of an adapter folder, 16-bit or packed, whichever it holds."""
-    if (folder / adapters.PACKED_WEIGHTS).is_file():
-        bits, layers = adapters.load_packed(folder)
+    if (folder / packing.WEIGHTS).is_file():
+        bits, layers = packing.load(folder)
         return {layer: PackedFactors(bits, sides) for layer, sides in layers.items()}
     return {layer: Factors(a, b) for layer, (a, b) in adapters.load_peft(folder).items()}
 

@@ -518,7 +518,7 @@ class Card:
 
 # Seconds from a job's start to its work: imports, and on a GPU its context.
 _START = 20
-# Nothing below was measured on a GPU of ours; these are cautious readings of others' figures.
+# Nothing below was measured on a GPU; these are cautious readings of published figures.
 _ON_GPU = {
     "products": 0.5,  # large 16-bit products reach 60-75 % of peak; norms and rotations share time
     "tuning": 0.35,  # AutoRound's steps are forward and backward with rounding between products

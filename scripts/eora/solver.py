@@ -56,6 +56,10 @@ class Factors:
     lora_B: Tensor
     residual: Tensor
 
+    def cpu(self) -> Factors:
+        """The same in host memory."""
+        return Factors(self.lora_A.cpu(), self.lora_B.cpu(), self.residual.cpu())
+
 
 def _mirrored(lower: Tensor) -> Tensor:
     """The symmetric matrix of this lower triangle, in place; of the upper, nothing is read."""

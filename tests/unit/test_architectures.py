@@ -13,11 +13,14 @@ from eora import (
     adapters,
     architectures,
     autoround,
+    block_files,
     covariance,
     decomposition,
     evaluation,
+    factor_files,
     loading,
     lowrank,
+    packing,
     sources,
     streaming,
 )
@@ -306,7 +309,7 @@ def fit(original, compressed, samples, out):
 
     def keep(index, block):
         covariance.fill_experts(block, architectures.experts(streams[0].blocks[index]), 8)
-        covariance.save_moments(out / covariance.block_file(index), block)
+        covariance.save_moments(out / block_files.name(index), block)
 
     blocks = range(len(streams[0]))
     data = covariance.batches(*samples, 5)
@@ -315,12 +318,12 @@ def fit(original, compressed, samples, out):
     factors.mkdir()
     for index in blocks:
         decomposition.decompose_block(*streams, index, out, factors, 99, "eora")
-    files = covariance.block_files(factors)
-    pairs, curves = decomposition.slice_rank(files, RANK)
+    files = block_files.listed(factors)
+    pairs, curves = factor_files.slice_rank(files, RANK)
     assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())
-    transposed = decomposition.is_transposed(files)
+    transposed = factor_files.is_transposed(files)
     adapters.save_peft(out / "r16", pairs, RANK, "tiny", transposed)
-    adapters.save_packed(out / "r4", pairs, 4, 32, "tiny", transposed)
+    packing.save(out / "r4", pairs, 4, 32, "tiny", transposed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

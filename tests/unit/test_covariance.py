@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import symmetric
-from eora import covariance, streaming, triangles
+from eora import block_files, covariance, streaming, triangles
 
 SEQLEN = 24
 
@@ -108,7 +108,7 @@ def test_small_addends_are_not_lost_in_a_large_sum():
 
 def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
     stream = streaming.BlockStream(tiny_model, "cpu")
-    path = tmp_path / covariance.block_file(0)
+    path = tmp_path / block_files.name(0)
     covariance.run_shard(
         stream,
         range(1),

@@ -64,18 +64,18 @@ def test_top_is_best_whatever_the_spectrum(spectrum, rank, scale, monkeypatch):
 
 
 @pytest.mark.parametrize("spectrum", ["decaying", "steep", "outliers"])
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
 def test_spectra_as_layers_have_them_are_iterated(spectrum, scale):
     values = SPECTRA[spectrum] * scale
     matrix, _ = with_spectrum(values)
     assert_best(eigen.iterated(matrix, 20), matrix, values, 20)  # refined, beside outliers
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     spectrum=st.sampled_from(sorted(SPECTRA)),
     rank=st.integers(1, 20),
-    noise=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 1.0]),
+    noise=st.floats(-6, 0).map(lambda exponent: 10**exponent),
     missing=st.sets(st.integers(0, 30), max_size=2),
     seed=st.integers(0, 1000),
 )

@@ -15,8 +15,8 @@ from conftest import ROOT, symmetric
 from eora import (
     adapters,
     architectures,
-    covariance,
-    decomposition,
+    block_files,
+    factor_files,
     loading,
     lowrank,
     manifest,
@@ -152,7 +152,7 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
     curves = json.loads((adapter(pipeline, 16) / "residuals.json").read_text())
     assert len(files) == len(original) == 3
     for index, file in enumerate(files):
-        assert file.name == covariance.block_file(index)
+        assert file.name == block_files.name(index)
         moments = load_file(file)
         with safe_open(file, framework="pt") as opened:
             shared = json.loads(opened.metadata()["inputs"])["shared"]
@@ -179,9 +179,9 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
 
 def test_a_rank_that_was_not_decomposed_is_refused(pipeline):
     files = sorted(pipeline.results.glob("decompositions/tiny/w2/eora/*/factors/block-*"))
-    assert len(decomposition.slice_rank(files, 16)[0]) == 21
+    assert len(factor_files.slice_rank(files, 16)[0]) == 21
     with pytest.raises(ValueError, match="max_rank"):
-        decomposition.slice_rank(files, 17)
+        factor_files.slice_rank(files, 17)
 
 
 def test_low_bit_adapter_is_small_and_loads(pipeline):
