@@ -22,7 +22,7 @@ from eora import architectures, block_files, covariance, streaming
 
 def ours(folder: Path, data: list[covariance.Batch]) -> None:
     """All second moments, from weights on disk to files, as scripts/covariance.py makes them."""
-    stream = streaming.BlockStream(folder, "cpu", torch.float32)
+    stream = streaming.BlockStream(folder, "cpu", streaming.compute_dtype(folder, "cpu"))
     with tempfile.TemporaryDirectory(dir=common.PLACE) as place:
         out = Path(place)
         covariance.run_shard(
@@ -86,7 +86,8 @@ def main(
     products  x^T x of each distinct input, all of it, by this machine's matrix multiplication
     floor     decoder + half of the products: as second moments are symmetric, no pass does less
 
-    All compute in float32. Medians; the products are timed on matrices of one batch's own shapes.
+    All compute in bfloat16, as the model is stored, or in float32 where the CPU has no units for
+    it; products in float32. Medians; the products are timed on matrices of one batch's own shapes.
     About ten minutes on two cores.
     """
     common.prepare(samples)
@@ -95,7 +96,9 @@ def main(
         common.result("tokenize", model=MODEL, calibration=CALIBRATION) / "tokens.safetensors"
     )
     data = covariance.batches(tokens["input_ids"], tokens["lengths"], batch_size)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=streaming.compute_dtype(folder, "cpu") or torch.bfloat16
+    ).eval()
     count = int(tokens["lengths"].sum())
     rows = data[0].input_ids.numel()
     read = widths(model)

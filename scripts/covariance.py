@@ -76,8 +76,7 @@ def main(
         stream = streaming.BlockStream(
             model / "model",
             where,
-            # A CPU has few 16-bit kernels; on CUDA the checkpoint's own dtype is what is served.
-            torch.float32 if where == "cpu" else None,
+            streaming.compute_dtype(model / "model", where),
             spec.trust_remote_code,
         )
         blocks = streaming.shard_range(spec.shard, spec.shards, len(stream))

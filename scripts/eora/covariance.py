@@ -25,14 +25,10 @@ from eora.streaming import BlockStream
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left (m, tokens) @ right (tokens, n) in float32, added in float32.
-
-    A product of two 16-bit numbers is exact in float32: a GPU takes them as they are, at the speed
-    of its 16-bit units. A CPU has no such kernel.
-    """
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    """left (m, tokens) @ right (tokens, n), added in float32; 16-bit inputs on a GPU alone."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 class SecondMoment:
@@ -43,7 +39,13 @@ class SecondMoment:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Add tokens x (tokens, in). Products are float32, their addition float64."""
+        """Add tokens x (tokens, in). Products are float32, their addition float64.
+
+        A product of two 16-bit numbers is exact in float32: a GPU takes them as they are, at the
+        speed of its 16-bit units. A CPU has no such kernel.
+        """
+        if not x.is_cuda:
+            x = x.float()
         cuts = triangles.row_blocks(x.shape[1])
         if not self.blocks:
             empty = x.new_zeros(0, dtype=torch.float64)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from eora.config import ORIGINAL, Config, Variant, variants
@@ -220,7 +222,8 @@ class Costs:
         batch = min(self.config["runtime"]["batch_size"], entry["samples"]) * entry["seqlen"]
         mine = model.share(int(shard), int(shards))
         block = max(mine, key=lambda block: _moments(block), default=model.largest)
-        width = 2 if self.cuda else 4
+        half = self.cuda or (model.bytes == 2 and _has_bfloat16())
+        width = 2 if half else 4
         widest = max((layer.columns for layer in block.inputs), default=0)
         sums = sum(n.columns**2 * triangle(n.columns) * n.copies for n in block.inputs) * 8
         # Of a batch: an MLP's two branches, the function of one and their product; beside them the
@@ -239,6 +242,9 @@ class Costs:
             Term("a product on its way to a sum", widest**2 / min(16, math.ceil(widest / 192)) * 4),
             Term("a batch's activations", batch * values * width, "runtime.batch_size"),
         )
+        if half and not self.cuda:
+            copied = Term("an input in float32", batch * widest * 4, "runtime.batch_size")
+            forward = (*forward, copied)
         saving = Term("one of them in float32", widest**2 * (triangle(widest) * 4 + 0.5))
         packed = Term("second moments to be written, twice", 2 * _moments(block))
         if self.cuda:
@@ -266,7 +272,8 @@ class Costs:
             host,
             kept,
             {
-                "products" if self.cuda else "single": forwarded + attention + multiplied,
+                "products": half * (forwarded + attention) + self.cuda * multiplied,
+                "single": (not half) * (forwarded + attention) + (not self.cuda) * multiplied,
                 "memory": added * batches * 24,  # a float32 product is written, read and added
                 "disk": sum(some.parameters for some in mine) * model.bytes + kept + passing,
             },
@@ -396,6 +403,16 @@ class Costs:
             0.0,
             {"products": 2 * tokens * (active + head), "disk": loaded},
         )
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """Whether this machine's CPU has units for bfloat16; see eora.streaming.compute_dtype."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _moments(block: Block) -> float:

@@ -25,6 +25,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from eora import architectures
 from eora.errors import Mistake
+from eora.manifest import safetensors_header
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,6 +68,20 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def compute_dtype(folder: Path, device: str) -> torch.dtype | None:
+    """What to run a plain checkpoint in on a device: None for its own dtype, else float32.
+
+    On a GPU its own is what is served. CPUs have units for bfloat16 or none at all.
+    """
+    if device != "cpu":
+        return None
+    able = torch.cpu.get_capabilities()
+    headers = map(safetensors_header, set(weight_files(folder).values()))
+    stored = {entry["dtype"] for header in headers for entry in header.values()}
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
+    return None if fast and stored == {"BF16"} else torch.float32
 
 
 def shard_range(shard: int, shards: int, blocks: int) -> range:
