@@ -24,9 +24,9 @@ def samples():
     return ids.masked_fill(torch.arange(SEQLEN) >= lengths[:, None], 0), lengths
 
 
-def collect(folder, samples, batch_size, shards=1):
+def collect(folder, samples, batch_size, shards=1, dtype=torch.float32):
     """All blocks' second moments: full layer name -> C, and the number of tokens."""
-    stream = streaming.BlockStream(folder, "cpu", torch.float32)
+    stream = streaming.BlockStream(folder, "cpu", dtype)
     data = covariance.batches(*samples, batch_size)
     found, tokens, hidden = {}, set(), None
 
@@ -104,6 +104,34 @@ def test_small_addends_are_not_lost_in_a_large_sum():
     for _ in range(1000):
         moment.add(torch.ones(1, 1))
     assert moment.blocks[0].item() == 1e8 + 1000
+
+
+def test_products_of_16_bit_inputs_are_not_rounded():
+    x = torch.randn(4096, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = covariance.SecondMoment()
+    moment.add(x)
+    exact = x.double().T @ x.double() / 4096
+    assert (symmetric(moment.mean()) - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_a_bfloat16_checkpoint_in_bfloat16(tiny_model, samples, reference, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_model).bfloat16().save_pretrained(tmp_path)
+    found, tokens = collect(tmp_path, samples, 3, dtype=None)
+    assert tokens == {int(samples[1].sum())}
+    assert worst(found, reference) < 0.1  # a random model: 0.045
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_computes_in_bfloat16_only_where_it_has_units_for_it(
+    tiny_model, tmp_path, monkeypatch, unit
+):
+    AutoModelForCausalLM.from_pretrained(tiny_model).bfloat16().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+    assert streaming.compute_dtype(tmp_path, "cpu") is None  # the checkpoint's own
+    assert streaming.compute_dtype(tiny_model, "cpu") == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert streaming.compute_dtype(tmp_path, "cpu") == torch.float32
+    assert streaming.compute_dtype(tmp_path, "cuda:1") is None
 
 
 def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):
