@@ -37,7 +37,7 @@ Method = Literal["eora", "diagonal", "svd"]
 _NOISE = 1e-12
 # Rounding of the largest eigenvalue, relative to the smallest wanted, up to which products take the
 # error's own precision. At 1e-2 the excess is 1e-6 (512 x 1024, rank 64) and grows by the square.
-_ROUNDING = 1e-2
+_ROUNDING = 3e-3
 # Added to a second moment's diagonal, relative to it, for its Cholesky factor.
 _JITTER = 1e-12
 

@@ -289,7 +289,11 @@ TABLE = {
         [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
         why="",
     ),
-    "covariance.tf32": Row(edit(("covariance/tf32", True)), [some("covariance"), *FITTED]),
+    "covariance.tf32": Row(
+        edit(("covariance/tf32", True)),
+        [some("covariance"), *FITTED],
+        why=r"covariance\.tf32: false -> true",
+    ),
     "covariance.expert_tokens": Row(
         edit(("covariance/expert_tokens", 100)),
         [some("covariance"), *FITTED],
