@@ -66,12 +66,12 @@ def digest_of(value: Any) -> str:
 def digest(path: Path) -> str:
     """One digest of names and contents of what a stage made.
 
-    ``path`` is the stage's folder or manifest, for all of it, or a folder beside the manifest.
+    ``path`` is the stage's folder or manifest, for all of it, or a folder or file beside the manifest.
     """
     if path.name == NAME or (path / NAME).is_file():
         return digest_of(load(path)["outputs"])
     outputs = load(path.parent)["outputs"]
-    return digest_of({k: v for k, v in outputs.items() if k.startswith(f"{path.name}/")})
+    return digest_of({k: v for k, v in outputs.items() if k.split("/")[0] == path.name})
 
 
 def tensors(manifest: Manifest) -> dict[str, dict[str, Any]]:

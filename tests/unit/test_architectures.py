@@ -21,6 +21,7 @@ from eora import (
     loading,
     lowrank,
     packing,
+    rounding,
     sources,
     streaming,
 )
@@ -323,7 +324,10 @@ def fit(original, compressed, samples, out):
     assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())
     transposed = factor_files.is_transposed(files)
     adapters.save_peft(out / "r16", pairs, RANK, "tiny", transposed)
-    packing.save(out / "r4", pairs, 4, 32, "tiny", transposed)
+    factor_files.save_moments(out / "moments", files, RANK)
+    moments = factor_files.InputMoments(out / "moments")
+    low = ((name, *rounding.refit(*pairs[name], *moments.of(name), 4, 32)) for name in pairs)
+    packing.save(out / "r4", low, 4, 32, "tiny", transposed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
