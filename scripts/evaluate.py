@@ -81,12 +81,12 @@ def main(
             documents = text.texts(dataset / "data", spec.column)
             keys = ("tasks.<name>.windows", "tasks.<name>.window")
             ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
-            metrics, samples = evaluation.perplexity(network, ids, batch_size), len(ids)
+            judged = evaluation.perplexity(network, ids, batch_size)
         else:
             where_defined = json.loads((task / "task.json").read_text())["folder"]
             data = None if dataset is None else dataset / "data"
             examples = None if fewshot is None else fewshot / "data"
-            metrics, samples = evaluation.harness(
+            judged = evaluation.harness(
                 network,
                 tokenizer,
                 evaluation.load_task(spec.name, where_defined, data, examples),
@@ -97,9 +97,9 @@ def main(
                 batch_size=batch_size,
             )
         notes |= {
-            "metrics": metrics,
-            "primary": evaluation.primary(metrics),
-            "samples": samples,
+            "metrics": judged.metrics,
+            "primary": evaluation.primary(judged.metrics),
+            "samples": judged.samples,
         }
         measured = notes | {
             "seconds": round(time.monotonic() - started, 1),
@@ -109,6 +109,7 @@ def main(
             "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),
         }
         (folder / "results.json").write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        (folder / "samples.json").write_text(json.dumps(judged.each, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
