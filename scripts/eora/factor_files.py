@@ -82,8 +82,8 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
 
 
 def save_moments(path: Path, files: list[Path], rank: int) -> None:
-    """Write what rounding needs to know of the inputs: ``.cross`` (rank, in) and ``.channels`` (in,)
-    of each layer.
+    """Write what rounding must know of each layer's inputs: ``.cross`` (rank, in), ``.channels``
+    (in,); see :class:`eora.solver.Factors`.
 
     Args:
         path: the file.
@@ -92,7 +92,7 @@ def save_moments(path: Path, files: list[Path], rank: int) -> None:
     tensors = {}
     for file in files:
         with safe_open(file, framework="pt") as block:
-            for key in block.keys():
+            for key in sorted(block.keys()):
                 if key.endswith(".cross"):
                     tensors[key] = block.get_slice(key)[:rank]
                 elif key.endswith(".channels"):

@@ -66,7 +66,8 @@ def digest_of(value: Any) -> str:
 def digest(path: Path) -> str:
     """One digest of names and contents of what a stage made.
 
-    ``path`` is the stage's folder or manifest, for all of it, or a folder or file beside the manifest.
+    ``path`` is the stage's folder or manifest, for all of it, or what lies beside the
+    manifest: a folder or a file.
     """
     if path.name == NAME or (path / NAME).is_file():
         return digest_of(load(path)["outputs"])

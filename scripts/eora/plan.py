@@ -342,12 +342,13 @@ class Costs:
         sliced = sum(_factors(block, int(rank)) for block in model.blocks) / 2
         crosses = sum(_crosses(block, int(rank)) for block in model.blocks) / 2
         packed = sliced * (int(bits) + 16 / group) / 16
-        largest = max((layer.rank(int(rank)) * layer.columns * 4 for layer in model.layers), default=0)
-        widest = max((layer.rank(int(rank)) * layer.rows * 4 for layer in model.layers), default=0)
+        largest = max(
+            layer.rank(int(rank)) * (layer.rows + layer.columns) * 4 for layer in model.layers
+        )
         host = (
             Term("Python", IMPORTS["adapter"] * GB),
             Term("the adapter, in 16 bits and packed", sliced + packed),
-            Term("a layer's factors and what is known of its inputs", 6 * largest + 6 * widest),
+            Term("a layer's factors while they are fitted", 6 * largest),
         )
         work = {"memory": 0.0, "single": 0.0, "disk": sliced + crosses + packed}
         for layer in model.layers:

@@ -150,6 +150,11 @@ def total_bytes(manifest: Mapping[str, Any]) -> int:
     return sum(tensor_bytes(tensor) for tensor in tensors(manifest).values())
 
 
+def adapter_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of an adapter's factors; a 16-bit one's folder also holds what rounding it needs."""
+    return sum(tensor_bytes(t) for (_, name), t in tensors(manifest).items() if ".lora_" in name)
+
+
 def decoder_weights(original: Mapping[str, Any]) -> dict[str, int]:
     """The layers that compression touches, as {prefix: number of weights}.
 
@@ -227,7 +232,7 @@ def read_parts(results: Path, variant: Mapping[str, Any]) -> Parts:
 def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
     """The columns that are the same for all tasks of a variant."""
     held = parts.compressed or parts.original
-    extra = total_bytes(parts.adapter) if parts.adapter is not None else None
+    extra = adapter_bytes(parts.adapter) if parts.adapter is not None else None
     settings = plan.get("compressions", {}).get(variant["compression"]) or {}
     adapter = plan.get("adapters", {}).get(variant["adapter"]) or {}
     return {

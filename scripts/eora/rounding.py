@@ -12,8 +12,8 @@ geometric mean of H's pivots, where plain rounding leaves their arithmetic mean.
 have H diagonal and steep, where errors cannot be handed on at all; a fixed rotation T of the rank
 directions spreads it.
 
-Neither D nor C is needed whole: A's rounding error is small and random, so all that must be known of
-C is ``A C`` (r x in) and the diagonal, which the decomposition leaves beside the factors.
+Neither D nor C is needed whole: A's rounding error is small and random, so all that must be known
+of C is ``A C`` (r x in) and the diagonal, which the decomposition leaves beside the factors.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def in_metric(matrix: Tensor, metric: Tensor, bits: int, group_size: int) -> Rou
 
 
 def rotation(size: int) -> Tensor:
-    """An orthogonal (size, size) that mixes all directions evenly: the discrete cosine transform."""
+    """An orthogonal (size, size) that mixes all directions: the discrete cosine transform."""
     steps = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * steps[:, None] * (steps + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)

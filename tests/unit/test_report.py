@@ -73,6 +73,7 @@ def adapter_tensors(rank: int) -> dict:
     for i in range(LAYERS):
         found[f"layers.{i}.lora_A"] = tensor("F16", rank, 32)
         found[f"layers.{i}.lora_B"] = tensor("F16", 64, rank)
+        found[f"layers.{i}.cross"] = tensor("BF16", rank, 32)  # beside the adapter, none of it
     return found
 
 
