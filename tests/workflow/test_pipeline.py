@@ -264,6 +264,25 @@ def test_only_adapters_are_exported(pipeline, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_configuration_is_recommended_for_a_budget(pipeline):
+    command = [sys.executable, ROOT / "scripts/recommend.py", "--config", pipeline.write()]
+    process = pipeline.start(*command, "--task", "text", "--budget", "0.11")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    fits = [
+        r
+        for r in rows(pipeline)
+        if r["model"] == "tiny" and r["task"] == "text" and float(r["bytes"]) <= 110_000
+    ]
+    best = min(fits, key=lambda r: float(r["value"]))
+    tiny, twin = output.split("tiny:")[1].split("twin:")
+    assert f"take {best['variant']}: {float(best['bytes']) / 1e6:,.1f} MB" in tiny
+    assert "take " in twin
+    refused = pipeline.start(*command, "--task", "nothing")
+    output, _ = refused.communicate()
+    assert refused.returncode != 0 and "choice, text" in output
+
+
 def test_manifests_hold_no_path_of_the_machine(pipeline):
     found = list(pipeline.results.rglob(manifest.NAME))
     assert len(found) > 25
