@@ -65,9 +65,9 @@ def main(
     )
     if result.restored():
         return
+    where = cli.device(device)
     from eora import evaluation, loading, text
 
-    where = cli.device(device)
     notes: dict = {}
     with result.publish(notes) as folder:
         started = time.monotonic()

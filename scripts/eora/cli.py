@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from eora import cards
 from eora.errors import explain
 from eora.manifest import NAME
 
@@ -111,18 +112,32 @@ def parse(text: str, spec: type[T]) -> T:
     return spec(**values)
 
 
+_CLAIMS: list[cards.Claim] = []  # kept until the process ends
+
+
 def device(name: str) -> str:
-    """Resolve ``auto``; refuse CUDA where there is none, naming the key to change."""
+    """The torch device of a stage, with a card of its own where several jobs share a machine.
+
+    Call it before anything that may initialise CUDA is imported. ``auto`` is CUDA where there is
+    some, else the CPU; ``cuda:N`` is that card, whoever else uses it.
+
+    Raises:
+        typer.BadParameter: CUDA is asked for where there is none; names the key to change.
+    """
+    claim = cards.claim() if name in ("auto", "cuda") else None
     import torch
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        _CLAIMS.extend([claim] if claim else [])
+        return "cuda" if name == "auto" else name
+    if claim is not None:
+        claim.release()
+    if name.startswith("cuda"):
         raise typer.BadParameter(
             f"device {name!r} was asked for, but torch sees no CUDA device: "
             "set runtime.device to auto or cpu, or submit to a node with a GPU"
         )
-    return name
+    return "cpu" if name == "auto" else name
 
 
 def run(main: Any, doc: str, spec: type | None = None) -> None:
