@@ -51,7 +51,17 @@ Store = typer.Option(
     "--store",
     help="Folder of kept results: an equal one is restored instead of computed; a new one is kept.",
 )
-Device = typer.Option("--device", help="auto (CUDA when present), cpu, cuda or cuda:N.")
+Device = typer.Option(
+    "--device", help="auto (a free CUDA card when present), cpu, cuda, or cuda:N, that card."
+)
+
+
+_OFFLINE = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_EVALUATE_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+)
 
 
 def setup(*, network: bool = False) -> None:
@@ -65,7 +75,7 @@ def setup(*, network: bool = False) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not network:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for name in _OFFLINE:
             os.environ[name] = "1"
 
 
@@ -82,8 +92,15 @@ def task_cache(folder: Path) -> None:
     os.environ["HF_HOME"] = str(cache)
     os.environ["HF_HUB_CACHE"] = str(cache / "hub")
     os.environ["HF_DATASETS_CACHE"] = str(cache / "datasets")
-    os.environ["NLTK_DATA"] = str(cache / "nltk")
-    (cache / "nltk").mkdir(exist_ok=True)
+    # Where the machine has NLTK's data, they need not be fetched.
+    places = [str(nltk_folder(folder)), os.environ.get("NLTK_DATA", "")]
+    os.environ["NLTK_DATA"] = os.pathsep.join(filter(None, places))
+    nltk_folder(folder).mkdir(exist_ok=True)
+
+
+def nltk_folder(folder: Path) -> Path:
+    """Where a task keeps NLTK's data."""
+    return (folder / "cache" / "nltk").resolve()
 
 
 def parse(text: str, spec: type[T]) -> T:
