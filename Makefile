@@ -79,7 +79,7 @@ bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=
 	$(IN_ENV) python benchmarks/run.py $(ARGS)
 
 test: env lint ## lint, then run the tests (ARGS="-k name")
-	$(IN_ENV) pytest $(ARGS)
+	$(IN_ENV) pytest --numprocesses auto $(ARGS)
 
 lint: env ## check style and format of scripts, tests and rules
 	$(IN_ENV) ruff check

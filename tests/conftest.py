@@ -24,6 +24,14 @@ from local_sources import COMMIT, data_wheel, hub, index
 
 ROOT = Path(__file__).parent.parent
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one run of the workflow stay on one worker, or each worker would run it."""
+    for item in items:
+        if "pipeline" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("pipeline"))
+
+
 SENTENCES = [
     f"The {colour} {animal} {verb} over the {place} while {number} others watch."
     for colour in ("red", "green", "blue", "old")

@@ -28,13 +28,24 @@ def sha256(path: Path) -> str:
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape} of a safetensors file, read from its header alone (no torch)."""
+    """Name -> {dtype, shape, data_offsets} of a safetensors file, from its header alone (no torch).
+
+    The offsets are a tensor's bytes [start, end) in the file.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
+    return header
+
+
+def tensor_shapes(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape} of a safetensors file: of its header, what a result is known by."""
     return {
-        name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()
+        name: {"dtype": entry["dtype"], "shape": entry["shape"]}
+        for name, entry in safetensors_header(path).items()
     }
 
 
@@ -78,7 +89,7 @@ def _describe(folder: Path, skip: tuple[str, ...]) -> tuple[dict[str, Any], dict
             continue
         outputs[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         if path.suffix == ".safetensors":
-            shapes[name] = safetensors_header(path)
+            shapes[name] = tensor_shapes(path)
     return outputs, shapes
 
 
