@@ -73,7 +73,7 @@ prune: env ## list kept results that no present result uses (ARGS=--yes deletes 
 		cp benchmarks/peer.txt .cache/peer/installed.txt; }
 
 # Not empty where the benchmarks that are asked for need GPTQModel.
-PEER = $(if $(filter --without-peer,$(ARGS)),,$(if $(filter --only,$(ARGS)),$(filter peer,$(ARGS)),yes))
+PEER = $(if $(findstring --without-peer,$(ARGS)),,$(if $(findstring --only,$(ARGS)),$(findstring peer,$(ARGS)),yes))
 
 bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=--without-peer)
 	$(IN_ENV) python benchmarks/run.py $(ARGS)

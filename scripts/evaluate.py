@@ -82,7 +82,7 @@ def main(
             documents = text.texts(dataset / "data", spec.column)
             keys = ("tasks.<name>.windows", "tasks.<name>.window")
             ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
-            metrics, samples = evaluation.perplexity(network, ids, batch_size), len(ids)
+            judged = evaluation.perplexity(network, ids, batch_size)
         else:
             told = json.loads((task / "task.json").read_text())
             data = None if dataset is None else dataset / "data"
@@ -93,7 +93,7 @@ def main(
                 else nullcontext()
             ):
                 loaded = evaluation.load_task(spec.name, told["folder"], data, examples)
-            metrics, samples = evaluation.harness(
+            judged = evaluation.harness(
                 network,
                 tokenizer,
                 loaded,
@@ -104,9 +104,9 @@ def main(
                 batch_size=batch_size,
             )
         notes |= {
-            "metrics": metrics,
-            "primary": evaluation.primary(metrics),
-            "samples": samples,
+            "metrics": judged.metrics,
+            "primary": evaluation.primary(judged.metrics),
+            "samples": judged.samples,
         }
         measured = notes | {
             "seconds": round(time.monotonic() - started, 1),
@@ -116,6 +116,7 @@ def main(
             "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),
         }
         (folder / "results.json").write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        (folder / "samples.json").write_text(json.dumps(judged.each, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

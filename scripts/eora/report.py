@@ -16,12 +16,14 @@ from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 
 from eora.errors import Mistake
 
@@ -44,17 +46,18 @@ CSV_COLUMNS = [
     "bytes",
     "effective_bits",
     "recovered",
+    "p_value",
     "cheaper_alternative",
     "seconds",
     "peak_memory_bytes",
     "device",
 ]
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["adapter_bytes", "best_for_size", "dtype", "metrics", "tools"]
+PAGE_COLUMNS = ["adapter_bytes", "best_for_size", "dtype", "each", "metrics", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "adapter_bytes"]
 _WHOLE += ["peak_memory_bytes"]
-_REAL = ["effective_bits", "recovered", "seconds"]
+_REAL = ["effective_bits", "recovered", "p_value", "seconds"]
 
 # Bits of one element, under the names that safetensors headers use.
 DTYPE_BITS = {
@@ -83,7 +86,10 @@ MARKERS = [
 ]
 LINES = [("solid", ""), ("dashed", "5 3"), ("dotted", "1.5 2.5"), ("dashdot", "6 2 1.5 2")]
 
-# Differences below this many standard errors are called noise.
+# A difference that chance makes as often as this is called noise ...
+CHANCE = 0.05
+# ... by so many permutations, or below this many standard errors where samples are not known.
+PERMUTATIONS = 1999
 NOISE_ERRORS = 2.0
 # An adapter that keeps this share of the best one's gain is "nearly as good".
 NEARLY = 0.9
@@ -272,6 +278,7 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
         "device": found.get("device"),
         "dtype": found.get("dtype"),
         "metrics": metrics,
+        "each": read_json(path.with_name("samples.json"), "samples").get(metric),
         "tools": [(name, str(version)) for name, version in found.get("versions", {}).items()],
     }
 
@@ -343,6 +350,12 @@ def recovered(row: Row, rows: list[Row]) -> float | None:
     return recovered_share(*values, row["metric"], row["higher_is_better"])
 
 
+def p_of_adapter(row: Row, rows: list[Row]) -> float | None:
+    """`p_value` of a variant with adapter against the same compression without."""
+    compressed = None if pd.isna(row["adapter"]) else base_row(rows, row["compression"])
+    return None if compressed is None else p_value(row, compressed)
+
+
 def cheaper_alternative(row: Row, rows: list[Row]) -> str | None:
     """The smallest variant without adapter that needs no more bytes and is as good or better."""
     if pd.isna(row["adapter"]):
@@ -371,13 +384,38 @@ def best_for_size(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def is_noise(a: Row, b: Row) -> bool:
-    """Whether two values differ by less than two standard errors of their difference.
+def p_value(a: Row, b: Row) -> float | None:
+    """How likely two variants that are equally good would differ this much, sample by sample.
 
-    The errors are taken as independent. Both variants answer the same samples, so this asks
-    for more than a paired test would: it errs on the side of "not sure". Without standard
-    errors nothing is called noise.
+    Both answered the same samples: a paired permutation test of the mean difference, two-sided
+    (for right and wrong answers that is McNemar's test). None where samples are not known.
     """
+    if a["each"] is None or b["each"] is None or len(a["each"]) != len(b["each"]):
+        return None
+    difference = np.subtract(a["each"], b["each"])
+    difference = difference[difference != 0]  # the others say nothing
+    if not len(difference):
+        return 1.0
+    test = stats.permutation_test(
+        [difference],
+        np.mean,
+        permutation_type="samples",
+        n_resamples=PERMUTATIONS,
+        vectorized=True,
+        rng=0,
+    )
+    return float(test.pvalue)
+
+
+def is_noise(a: Row, b: Row) -> bool:
+    """Whether it may be chance that one of two variants is the better one.
+
+    Where samples are not known, a difference of less than two standard errors, taken as
+    independent; without those nothing is called noise.
+    """
+    p = p_value(a, b)
+    if p is not None:
+        return p > CHANCE
     if not (known(a["stderr"]) and known(b["stderr"])):
         return False
     return abs(a["value"] - b["value"]) < NOISE_ERRORS * math.hypot(a["stderr"], b["stderr"])
@@ -393,6 +431,7 @@ def compare(rows: list[Row]) -> list[Row]:
         {
             **row,
             "recovered": recovered(row, rows),
+            "p_value": p_of_adapter(row, rows),
             "cheaper_alternative": cheaper_alternative(row, rows),
             "best_for_size": row["variant"] in best,
         }
@@ -535,8 +574,8 @@ def mean_recovered(rows: list[Row]) -> dict[str, float]:
         return {}
     # A variant that broke on one task must not win on the remaining ones.
     found = frame.astype({"recovered": float}).groupby("variant", sort=False)["recovered"]
-    stats = found.agg(["mean", "count"])
-    return stats.loc[stats["count"] == stats["count"].max(), "mean"].to_dict()
+    spread = found.agg(["mean", "count"])
+    return spread.loc[spread["count"] == spread["count"].max(), "mean"].to_dict()
 
 
 def recovery_part(row: Row, compressed: Row, first: bool) -> Markup:

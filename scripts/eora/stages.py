@@ -178,7 +178,7 @@ STAGES = {
         _quantize_adapter,
         "adapter",
     ),
-    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate, "results.json"),
+    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 2, _evaluate, "results.json"),
 }
 REPORT_VERSION = 1
 
