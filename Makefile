@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run plan status clean-orphans prune bench .cache/peer test lint lock clean
+.PHONY: help env .venv run plan status recommend export clean-orphans prune bench .cache/peer test lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -58,6 +58,12 @@ status: env ## what is done, missing or stale, and why (ARGS="--config my.yaml")
 
 clean-orphans: env ## list results that the config no longer names (ARGS=--yes deletes them)
 	$(IN_ENV) python scripts/clean_orphans.py $(ARGS)
+
+recommend: env ## the cheapest that is good enough (ARGS="--budget 120" or "--recover 0.9")
+	$(IN_ENV) python scripts/recommend.py $(ARGS)
+
+export: env ## an adapter as a folder for a hub (ARGS="results/adapters/... --out my-adapter")
+	$(IN_ENV) python scripts/export.py $(ARGS)
 
 prune: env ## list kept results that no present result uses (ARGS=--yes deletes them)
 	$(IN_ENV) python scripts/prune.py $(ARGS)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -65,9 +66,9 @@ def main(
     )
     if result.restored():
         return
-    from eora import evaluation, loading, text
-
     where = cli.device(device)
+    from eora import evaluation, loading, nltk_data, text
+
     notes: dict = {}
     with result.publish(notes) as folder:
         started = time.monotonic()
@@ -83,13 +84,19 @@ def main(
             ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
             judged = evaluation.perplexity(network, ids, batch_size)
         else:
-            where_defined = json.loads((task / "task.json").read_text())["folder"]
+            told = json.loads((task / "task.json").read_text())
             data = None if dataset is None else dataset / "data"
             examples = None if fewshot is None else fewshot / "data"
+            with (
+                nltk_data.kept(cli.nltk_folder(task), network=False)
+                if "nltk" in told
+                else nullcontext()
+            ):
+                loaded = evaluation.load_task(spec.name, told["folder"], data, examples)
             judged = evaluation.harness(
                 network,
                 tokenizer,
-                evaluation.load_task(spec.name, where_defined, data, examples),
+                loaded,
                 spec.name,
                 num_fewshot=spec.num_fewshot,
                 limit=spec.limit,

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: tiny random models and data, made in seconds, no network."""
 
+import copy
+import hashlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eora import store
 from local_sources import COMMIT, data_wheel, hub, index
 
 ROOT = Path(__file__).parent.parent
@@ -221,3 +224,48 @@ def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
         done = made.snakemake("--benchmark-extended")  # tells what jobs asked for
         assert done.returncode == 0, failures(done.stdout, folder)
         yield made
+
+
+@pytest.fixture
+def clone(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
+    """The finished pipeline in a folder of its own, links of the store kept."""
+    folder = tmp_path / "clone"
+    shutil.copytree(pipeline.folder, folder, ignore=shutil.ignore_patterns("results"))
+    done = pipeline.start("cp", "-a", pipeline.results, folder / "results")
+    assert done.wait() == 0
+    return replace(pipeline, folder=folder, config=copy.deepcopy(pipeline.config))
+
+
+@pytest.fixture
+def small(clone: Pipeline) -> Pipeline:
+    """The same with one entry of each kind, where much is computed anew."""
+    del clone.config["models"]["twin"], clone.config["compressions"]["w4"]
+    del clone.config["tasks"]["choice"]
+    clone.config["adapters"]["eora"]["ranks"] = [8]
+    return clone
+
+
+def contents(clone: Pipeline) -> dict[str, str]:
+    """Digest of every file that is a result, less what a run measures."""
+    return {
+        path.relative_to(clone.results).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in clone.results.rglob("*")
+        if path.is_file()
+        and path.name not in ("results.json", ".snakemake_timestamp", "report.html")
+        and path.relative_to(clone.results).parts[0] not in (store.NAME, "logs", "benchmarks")
+    }
+
+
+def assert_remade(flow: Pipeline, before: dict[str, str]) -> None:
+    """That what a pipeline made anew, from nothing or from its downloads, is what it made before.
+
+    Of the table, which names what the config does, only that it is there.
+    """
+    now = contents(flow)
+    assert now.pop("summary.csv") and len(now) > 30
+    assert now == {name: before.get(name) for name in now}
+
+
+def unsummed(files: dict[str, str]) -> dict[str, str]:
+    """Less the table, which changes when models go from the config."""
+    return {name: digest for name, digest in files.items() if name != "summary.csv"}

@@ -44,6 +44,10 @@ CSV_COLUMNS = [
     "higher_is_better",
     "samples",
     "bytes",
+    "weight_bytes",
+    "scale_bytes",
+    "other_bytes",
+    "adapter_bytes",
     "effective_bits",
     "recovered",
     "p_value",
@@ -53,10 +57,10 @@ CSV_COLUMNS = [
     "device",
 ]
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["adapter_bytes", "best_for_size", "dtype", "each", "metrics", "tools"]
+PAGE_COLUMNS = ["best_for_size", "dtype", "each", "metrics", "tools"]
 
-_WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "adapter_bytes"]
-_WHOLE += ["peak_memory_bytes"]
+_WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
+_WHOLE += ["other_bytes", "adapter_bytes", "peak_memory_bytes"]
 _REAL = ["effective_bits", "recovered", "p_value", "seconds"]
 
 # Bits of one element, under the names that safetensors headers use.
@@ -69,6 +73,9 @@ DTYPE_BITS = {
     **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
     "F4": 4,
 }
+
+# What formats call a layer's weights; what else lies beside them scales them.
+WEIGHTS = {"weight", "qweight", "weight_packed"}
 
 # Distinct for colour-blind readers, and each at least 4.5:1 against white.
 COLOURS = ["#0066a6", "#b84a00", "#00735a", "#9c3587", "#7a5c00", "#332288", "#4d4d4d"]
@@ -169,14 +176,20 @@ def decoder_weights(original: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def layer_bytes(manifest: Mapping[str, Any], prefixes: Iterable[str]) -> int:
-    """Bytes of the tensors below these prefixes, whatever their suffix, without biases."""
+def bytes_by_part(manifest: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, int]:
+    """Bytes of a model's weights of the layers below these prefixes, packed or not, of what those
+    are scaled by (scales, zero points, permutations), and of all else: embeddings, norms, biases.
+    """
     starts = tuple(f"{prefix}." for prefix in prefixes)
-    return sum(
-        tensor_bytes(tensor)
-        for (_, name), tensor in tensors(manifest).items()
-        if name.startswith(starts) and not name.endswith(".bias")
-    )
+    found = dict.fromkeys(("weight_bytes", "scale_bytes", "other_bytes"), 0)
+    for (_, name), tensor in tensors(manifest).items():
+        last = name.rpartition(".")[2]
+        if not name.startswith(starts) or last == "bias":
+            part = "other_bytes"
+        else:
+            part = "weight_bytes" if last in WEIGHTS else "scale_bytes"
+        found[part] += tensor_bytes(tensor)
+    return found
 
 
 def effective_bits(
@@ -185,7 +198,9 @@ def effective_bits(
     """Bits spent per original decoder weight: packed weights, scales, zeros and adapter."""
     weights = decoder_weights(original)
     count = sum(weights.values())
-    return 8 * (layer_bytes(model, weights) + adapter_bytes) / count if count else None
+    parts = bytes_by_part(model, weights)
+    spent = parts["weight_bytes"] + parts["scale_bytes"] + adapter_bytes
+    return 8 * spent / count if count else None
 
 
 def number(value: Any) -> float:
@@ -246,8 +261,9 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
         "rank": variant["rank"],
         "adapter_bits": variant["adapter_bits"],
         "bytes": total_bytes(held) + (extra or 0),
-        "effective_bits": effective_bits(parts.original, held, extra or 0),
+        **bytes_by_part(held, decoder_weights(parts.original)),
         "adapter_bytes": extra,
+        "effective_bits": effective_bits(parts.original, held, extra or 0),
         "tools": [
             (name, str(version))
             for manifest in parts

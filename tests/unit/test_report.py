@@ -211,7 +211,8 @@ def test_unknown_dtype_is_named():
 def test_prefixes_end_at_a_dot():
     # "up" must not collect the bytes of "up2".
     tensors = {"h.0.up.qweight": tensor("U8", 3), "h.0.up2.qweight": tensor("U8", 5)}
-    assert report.layer_bytes({"tensors": {"f": tensors}}, ["h.0.up"]) == 3
+    found = report.bytes_by_part({"tensors": {"f": tensors}}, ["h.0.up"])
+    assert found == {"weight_bytes": 3, "scale_bytes": 0, "other_bytes": 5}
 
 
 # --- comparisons -------------------------------------------------------------------------
@@ -365,6 +366,10 @@ def test_csv(tmp_path):
         "higher_is_better": "True",
         "samples": "200",
         "bytes": "11168",
+        "weight_bytes": str(LAYERS * 2 * 64 * 4),
+        "scale_bytes": str(LAYERS * (64 * 2 + 4 * 4)),
+        "other_bytes": str(EMBED + LAYERS * (64 * 2 + 32 * 2)),
+        "adapter_bytes": str(RANK8),
         "effective_bits": "8.5625",
         "recovered": rows[4]["recovered"],
         "p_value": "",
