@@ -18,6 +18,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 from eora import store
 from local_sources import COMMIT, data_wheel, hub, index
@@ -25,11 +26,17 @@ from local_sources import COMMIT, data_wheel, hub, index
 ROOT = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one run of the workflow stay on one worker, or each worker would run it."""
-    for item in items:
-        if "pipeline" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("pipeline"))
+class Scheduling(LoadScopeScheduling):
+    """Files of unit tests go to whichever worker is free; the workflow's stay together, as they
+    share one run, which each worker would have to repeat."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "workflow" if "workflow/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 SENTENCES = [
