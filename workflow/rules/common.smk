@@ -41,6 +41,10 @@ THREADS = RUNTIME["threads"] or min(8, os.cpu_count())
 VARIANTS = {(v.model, v.name): v for v in cfg.variants(config)}
 ASKED = stages.asked(config)
 
+# GPU jobs that run at once on this machine, unless --resources tells. A cluster counts its own.
+if workflow.is_main_process and workflow.local_exec and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", 1)
+
 
 wildcard_constraints:
     model=r"[^/]+",
