@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import IO
 
 import cluster
+import psutil
 import pytest
 from cluster import live, run, until
+from filelock import FileLock
 
 from conftest import ROOT, Pipeline
 from eora import config as cfg
 from eora import manifest, plan, shapes, stages
+from eora.result import LOCK
 
 GPU = {"compress", "covariance", "decompose", "evaluate"}
 CPU = {"tokenize", "adapter", "quantize_adapter"}
@@ -132,15 +135,11 @@ def forget(made, *folders):
     return ["--", *(f"results/{folder}/{manifest.NAME}" for folder in folders)]
 
 
-def frozen(made, folder, known=()):
-    """Wait until a process fills a folder, none of the known ones, and stop it right there."""
-
-    def found():
-        partials = (made.results / folder).glob(".partial-*")
-        pids = {int(partial.name.rpartition("-")[2]) for partial in partials} - set(known)
-        return pids.pop() if pids else None
-
-    pid = until(found, f"a job at {folder}", 120)
+def frozen(made, folder):
+    """Wait until a process fills a result's folder, and stop it right there."""
+    partials = (made.results / folder).glob
+    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}", 120)
+    pid = int(partial.name.rpartition("-")[2])
     os.kill(pid, signal.SIGSTOP)
     return pid
 
@@ -149,6 +148,18 @@ def running(slurm, made, name):
     """The running SLURM jobs of a rule, in the order of their submission."""
     jobs = [j for j in slurm.jobs(made.folder) if j["JobState"] == "RUNNING" and rule(j) == name]
     return sorted(jobs, key=lambda job: int(job["JobId"]))
+
+
+def copies(made, script):
+    """Processes that run a script in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command = process.info["cmdline"] or []
+        if process.info["cwd"] == str(made.folder) and script in (
+            Path(word).name for word in command[1:2]
+        ):
+            found.append(process)
+    return found
 
 
 def history(slurm, made, name):
@@ -278,12 +289,12 @@ def test_a_lost_node_leaves_a_copy_of_the_job_alive_and_results_are_whole(
     with again.going(*forget(again, folder)) as snakemake:
         first = frozen(again, folder)
         (job,) = running(slurm, again, "decompose")
-        slurm.lose(job)
-        second = frozen(again, folder, known=[first])
-        for pid in (first, second):
-            os.kill(pid, signal.SIGCONT)
+        with FileLock(again.results / folder / LOCK):  # neither begins or publishes meanwhile
+            os.kill(first, signal.SIGCONT)
+            slurm.lose(job)
+            until(lambda: len(copies(again, "decompose.py")) == 2, "a second copy", 120)
         snakemake.end()
-    until(lambda: not list((again.results / folder).glob(".partial-*")), "the end of both copies")
+    until(lambda: not copies(again, "decompose.py"), "the end of both copies")
     (job,) = slurm.jobs(again.folder)
     assert job["Restarts"] == "1" and job["JobState"] == "COMPLETED"
     assert sealed(folder, again.results) == sealed(folder, pipeline.results)
