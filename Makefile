@@ -7,7 +7,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run plan status clean-orphans prune bench .cache/peer test test-slurm slurm lint lock clean
+.PHONY: help env .venv run plan status recommend export clean-orphans prune bench .cache/peer test slurm \
+	test-slurm lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -59,6 +60,12 @@ status: env ## what is done, missing or stale, and why (ARGS="--config my.yaml")
 clean-orphans: env ## list results that the config no longer names (ARGS=--yes deletes them)
 	$(IN_ENV) python scripts/clean_orphans.py $(ARGS)
 
+recommend: env ## the cheapest that is good enough (ARGS="--budget 120" or "--recover 0.9")
+	$(IN_ENV) python scripts/recommend.py $(ARGS)
+
+export: env ## an adapter as a folder for a hub (ARGS="results/adapters/... --out my-adapter")
+	$(IN_ENV) python scripts/export.py $(ARGS)
+
 prune: env ## list kept results that no present result uses (ARGS=--yes deletes them)
 	$(IN_ENV) python scripts/prune.py $(ARGS)
 
@@ -73,18 +80,18 @@ prune: env ## list kept results that no present result uses (ARGS=--yes deletes 
 		cp benchmarks/peer.txt .cache/peer/installed.txt; }
 
 # Not empty where the benchmarks that are asked for need GPTQModel.
-PEER = $(if $(filter --without-peer,$(ARGS)),,$(if $(filter --only,$(ARGS)),$(filter peer,$(ARGS)),yes))
+PEER = $(if $(findstring --without-peer,$(ARGS)),,$(if $(findstring --only,$(ARGS)),$(findstring peer,$(ARGS)),yes))
 
 bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=--without-peer)
 	$(IN_ENV) python benchmarks/run.py $(ARGS)
 
 test: env lint ## lint, then run the tests (ARGS="-k name")
-	$(IN_ENV) pytest $(ARGS)
+	$(IN_ENV) pytest --numprocesses auto $(ARGS)
 
 # A real SLURM for the tests that run on it, which are skipped without. Debian's packages start
 # nothing by themselves where no systemd runs.
 slurm: ## install Debian's SLURM, for test-slurm (as root)
-	@command -v slurmctld slurmd munged >/dev/null || { \
+	@type slurmctld slurmd munged >/dev/null 2>&1 || { \
 		[ "$$(id -u)" = 0 ] || { echo "make: SLURM's packages want root to install" >&2; exit 1; }; \
 		command -v apt-get >/dev/null || { echo "make: no apt-get; install SLURM by hand" >&2; exit 1; }; \
 		apt-get update -qq; \

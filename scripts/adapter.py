@@ -50,6 +50,7 @@ def main(
         transposed = factor_files.is_transposed(files)
         adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model, transposed)
         factor_files.save_curves(folder / "residuals.json", curves)
+        factor_files.save_moments(folder / "moments.safetensors", files, spec.rank)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main(
     )
     if result.restored():
         return
+    where = cli.device(device)
     from safetensors.torch import load_file
 
     from eora import autoround
@@ -58,7 +59,7 @@ def main(
             model / "model",
             folder / "model",
             data["input_ids"],
-            device=cli.device(device),
+            device=where,
             **settings,
         )
 

@@ -63,13 +63,13 @@ def main(
     # Or pinned memory would come in powers of two: hidden states of 17 GB would take 32.
     pinned = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
     os.environ.setdefault("PYTORCH_ALLOC_CONF", pinned)
+    where = cli.device(device)
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
     from eora import architectures, block_files, covariance, streaming
 
-    where = cli.device(device)
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     notes: dict = {}
     with result.publish(notes) as folder:

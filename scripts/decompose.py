@@ -42,11 +42,11 @@ def main(
     )
     if result.restored():
         return
+    where = cli.device(device)
     from tqdm import tqdm
 
     from eora import decomposition, streaming
 
-    where = cli.device(device)
     with result.publish() as folder:
         original = streaming.BlockStream(
             model / "model", where, trust_remote_code=spec.trust_remote_code

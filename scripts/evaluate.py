@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -65,9 +66,9 @@ def main(
     )
     if result.restored():
         return
-    from eora import evaluation, loading, text
-
     where = cli.device(device)
+    from eora import evaluation, loading, nltk_data, text
+
     notes: dict = {}
     with result.publish(notes) as folder:
         started = time.monotonic()
@@ -81,15 +82,21 @@ def main(
             documents = text.texts(dataset / "data", spec.column)
             keys = ("tasks.<name>.windows", "tasks.<name>.window")
             ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
-            metrics, samples = evaluation.perplexity(network, ids, batch_size), len(ids)
+            judged = evaluation.perplexity(network, ids, batch_size)
         else:
-            where_defined = json.loads((task / "task.json").read_text())["folder"]
+            told = json.loads((task / "task.json").read_text())
             data = None if dataset is None else dataset / "data"
             examples = None if fewshot is None else fewshot / "data"
-            metrics, samples = evaluation.harness(
+            with (
+                nltk_data.kept(cli.nltk_folder(task), network=False)
+                if "nltk" in told
+                else nullcontext()
+            ):
+                loaded = evaluation.load_task(spec.name, told["folder"], data, examples)
+            judged = evaluation.harness(
                 network,
                 tokenizer,
-                evaluation.load_task(spec.name, where_defined, data, examples),
+                loaded,
                 spec.name,
                 num_fewshot=spec.num_fewshot,
                 limit=spec.limit,
@@ -97,9 +104,9 @@ def main(
                 batch_size=batch_size,
             )
         notes |= {
-            "metrics": metrics,
-            "primary": evaluation.primary(metrics),
-            "samples": samples,
+            "metrics": judged.metrics,
+            "primary": evaluation.primary(judged.metrics),
+            "samples": judged.samples,
         }
         measured = notes | {
             "seconds": round(time.monotonic() - started, 1),
@@ -109,6 +116,7 @@ def main(
             "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),
         }
         (folder / "results.json").write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        (folder / "samples.json").write_text(json.dumps(judged.each, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

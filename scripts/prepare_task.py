@@ -23,12 +23,15 @@ def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> N
     spec = cli.parse(params, Params)
     cli.task_cache(out)
     cli.setup(network=True)
-    from eora import evaluation
+    from eora import evaluation, nltk_data
 
     result = Result(out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets"))
     with result.publish() as folder:
-        where = evaluation.locate_task(spec.lm_eval)  # imports its code, which may fetch things
+        # Imports its code, which may fetch things.
+        with nltk_data.kept(cli.nltk_folder(out), network=True) as asked:
+            where = evaluation.locate_task(spec.lm_eval)
         task = {"lm_eval": spec.lm_eval, "folder": where, "data": {}}
+        task |= {"nltk": sorted(set(asked))} if asked else {}
         if spec.download:
             loaded = evaluation.load_task(spec.lm_eval, where)
             task["data"] = {

@@ -1,4 +1,4 @@
-"""Round one rank's adapter to a few bits and pack it."""
+"""Round one rank's adapter to a few bits, so that its product stays what it was, and pack it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +30,27 @@ def main(
         out,
         stage="quantize_adapter",
         params=vars(spec),
-        inputs={"adapter": adapter / "adapter"},  # whatever rank its curve of errors goes to
+        # Not the curve of errors, which goes to whatever rank was decomposed.
+        inputs={"adapter": adapter / "adapter", "moments": adapter / "moments.safetensors"},
         tools=("compressed-tensors", "torch"),
         kept=store,
     )
     if result.restored():
         return
-    from eora import adapters, packing
+    from tqdm import tqdm
+
+    from eora import adapters, factor_files, packing, rounding
 
     with result.publish() as folder:
+        moments = factor_files.InputMoments(adapter / "moments.safetensors")
+        pairs = adapters.load_peft(adapter / "adapter")
+        rounded = (
+            (layer, *rounding.refit(a, b, *moments.of(layer), spec.bits, spec.group_size))
+            for layer, (a, b) in tqdm(pairs.items(), desc="layers", unit="layer")
+        )
         packing.save(
             folder / "adapter",
-            adapters.load_peft(adapter / "adapter"),
+            rounded,
             spec.bits,
             spec.group_size,
             spec.base_model,

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: tiny random models and data, made in seconds, no network."""
 
+import copy
+import hashlib
 import json
 import os
 import re
@@ -16,10 +18,26 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
+from eora import store
 from local_sources import COMMIT, data_wheel, hub, index
 
 ROOT = Path(__file__).parent.parent
+
+
+class Scheduling(LoadScopeScheduling):
+    """Files of unit tests go to whichever worker is free; all others stay together, as they share
+    one run of the workflow, which each worker would have to repeat."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if "unit/" in file else "workflow"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
 
 SENTENCES = [
     f"The {colour} {animal} {verb} over the {place} while {number} others watch."
@@ -193,8 +211,8 @@ def failures(output: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
-    """The whole workflow, run once on two tiny random models: every rule, real tools."""
+def unrun(tmp_path_factory) -> Iterator[Pipeline]:
+    """The workflow before it runs: two tiny random models and data, from sources of every kind."""
     folder = tmp_path_factory.mktemp("pipeline")
     sources = folder / "sources"
     make_model(sources / "tiny")
@@ -209,7 +227,57 @@ def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
     with hub(repos) as address:
         home = str(tmp_path_factory.mktemp("hf"))
         env = {"HF_ENDPOINT": address, "HF_HOME": home, **index(folder / "index")}
-        made = Pipeline(folder, tiny_config(sources, wheel), env)
-        done = made.snakemake("--benchmark-extended")  # tells what jobs asked for
-        assert done.returncode == 0, failures(done.stdout, folder)
-        yield made
+        yield Pipeline(folder, tiny_config(sources, wheel), env)
+
+
+@pytest.fixture(scope="session")
+def pipeline(unrun: Pipeline) -> Pipeline:
+    """The whole workflow, run once: every rule, real tools."""
+    done = unrun.snakemake("--benchmark-extended")  # tells what jobs asked for
+    assert done.returncode == 0, failures(done.stdout, unrun.folder)
+    return unrun
+
+
+@pytest.fixture
+def clone(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
+    """The finished pipeline in a folder of its own, links of the store kept."""
+    folder = tmp_path / "clone"
+    shutil.copytree(pipeline.folder, folder, ignore=shutil.ignore_patterns("results"))
+    done = pipeline.start("cp", "-a", pipeline.results, folder / "results")
+    assert done.wait() == 0
+    return replace(pipeline, folder=folder, config=copy.deepcopy(pipeline.config))
+
+
+@pytest.fixture
+def small(clone: Pipeline) -> Pipeline:
+    """The same with one entry of each kind, where much is computed anew."""
+    del clone.config["models"]["twin"], clone.config["compressions"]["w4"]
+    del clone.config["tasks"]["choice"]
+    clone.config["adapters"]["eora"]["ranks"] = [8]
+    return clone
+
+
+def contents(clone: Pipeline) -> dict[str, str]:
+    """Digest of every file that is a result, less what a run measures."""
+    return {
+        path.relative_to(clone.results).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in clone.results.rglob("*")
+        if path.is_file()
+        and path.name not in ("results.json", ".snakemake_timestamp", "report.html")
+        and path.relative_to(clone.results).parts[0] not in (store.NAME, "logs", "benchmarks")
+    }
+
+
+def assert_remade(flow: Pipeline, before: dict[str, str]) -> None:
+    """That what a pipeline made anew, from nothing or from its downloads, is what it made before.
+
+    Of the table, which names what the config does, only that it is there.
+    """
+    now = contents(flow)
+    assert now.pop("summary.csv") and len(now) > 30
+    assert now == {name: before.get(name) for name in now}
+
+
+def unsummed(files: dict[str, str]) -> dict[str, str]:
+    """Less the table, which changes when models go from the config."""
+    return {name: digest for name, digest in files.items() if name != "summary.csv"}

@@ -14,6 +14,8 @@ The library under eoraflow's stages. It knows nothing of Snakemake and can be us
     stages        each stage's folder and parameters, and which results a config asks for
     manifest      what a stage made, from what, and with what
     result        a stage's result: restored or filled, sealed, and published whole
+    cards         which of a machine's GPUs a job takes
+    nltk_data     what lm-eval's tasks ask of NLTK, kept beside the task
     store         finished results, kept so that an equal one is restored
 
 Importing this package imports none of them; config, stages, manifest,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from eora import cards
 from eora.errors import explain
 from eora.manifest import NAME
 
@@ -50,7 +51,17 @@ Store = typer.Option(
     "--store",
     help="Folder of kept results: an equal one is restored instead of computed; a new one is kept.",
 )
-Device = typer.Option("--device", help="auto (CUDA when present), cpu, cuda or cuda:N.")
+Device = typer.Option(
+    "--device", help="auto (a free CUDA card when present), cpu, cuda, or cuda:N, that card."
+)
+
+
+_OFFLINE = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_EVALUATE_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+)
 
 
 def setup(*, network: bool = False) -> None:
@@ -64,7 +75,7 @@ def setup(*, network: bool = False) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not network:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for name in _OFFLINE:
             os.environ[name] = "1"
 
 
@@ -81,8 +92,15 @@ def task_cache(folder: Path) -> None:
     os.environ["HF_HOME"] = str(cache)
     os.environ["HF_HUB_CACHE"] = str(cache / "hub")
     os.environ["HF_DATASETS_CACHE"] = str(cache / "datasets")
-    os.environ["NLTK_DATA"] = str(cache / "nltk")
-    (cache / "nltk").mkdir(exist_ok=True)
+    # Where the machine has NLTK's data, they need not be fetched.
+    places = [str(nltk_folder(folder)), os.environ.get("NLTK_DATA", "")]
+    os.environ["NLTK_DATA"] = os.pathsep.join(filter(None, places))
+    nltk_folder(folder).mkdir(exist_ok=True)
+
+
+def nltk_folder(folder: Path) -> Path:
+    """Where a task keeps NLTK's data."""
+    return (folder / "cache" / "nltk").resolve()
 
 
 def parse(text: str, spec: type[T]) -> T:
@@ -111,18 +129,32 @@ def parse(text: str, spec: type[T]) -> T:
     return spec(**values)
 
 
+_CLAIMS: list[cards.Claim] = []  # kept until the process ends
+
+
 def device(name: str) -> str:
-    """Resolve ``auto``; refuse CUDA where there is none, naming the key to change."""
+    """The torch device of a stage, with a card of its own where several jobs share a machine.
+
+    Call it before anything that may initialise CUDA is imported. ``auto`` is CUDA where there is
+    some, else the CPU; ``cuda:N`` is that card, whoever else uses it.
+
+    Raises:
+        typer.BadParameter: CUDA is asked for where there is none; names the key to change.
+    """
+    claim = cards.claim() if name in ("auto", "cuda") else None
     import torch
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        _CLAIMS.extend([claim] if claim else [])
+        return "cuda" if name == "auto" else name
+    if claim is not None:
+        claim.release()
+    if name.startswith("cuda"):
         raise typer.BadParameter(
             f"device {name!r} was asked for, but torch sees no CUDA device: "
             "set runtime.device to auto or cpu, or submit to a node with a GPU"
         )
-    return name
+    return "cpu" if name == "auto" else name
 
 
 def run(main: Any, doc: str, spec: type | None = None) -> None:

@@ -366,7 +366,7 @@ def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
     if "path" not in entry or not folder.is_dir():
         return None
     files = sources.weight_files(folder)
-    return {"tensors": {file.name: manifest.safetensors_header(file) for file in files}}
+    return {"tensors": {file.name: manifest.tensor_shapes(file) for file in files}}
 
 
 def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]) -> None:

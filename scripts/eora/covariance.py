@@ -8,6 +8,7 @@ does not depend on batch size or order beyond float rounding.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,8 +258,11 @@ class Hidden:
         self.device = like.device
         size, dtype = tokens * like.numel(), like.dtype
         if size * dtype.itemsize > _host_memory() // 2:
-            file = str(spill / "hidden.spilled")
-            states = torch.from_file(file, shared=True, size=size, dtype=dtype)
+            with (spill / "hidden.spilled").open("wb") as file:
+                # A full disk is told here; met in the mapping, it would kill the process.
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            states = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
         else:
             states = torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda")
         self.states = states.view(tokens, like.numel())

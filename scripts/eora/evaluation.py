@@ -8,6 +8,7 @@ import math
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,24 @@ PREFERRED = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "word_
 SEED = 1234
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What one task found.
+
+    Attributes:
+        metrics: name -> {value, stderr (None where it is not known), higher_is_better}.
+        samples: how many were judged.
+        each: metric -> what each sample adds to it, always in the same order, so that two models
+            can be compared sample by sample; of metrics that are means of what samples add.
+    """
+
+    metrics: dict[str, Any]
+    samples: int
+    each: dict[str, list[float]]
+
+
 @torch.inference_mode()
-def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> dict[str, Any]:
+def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> Judgement:
     """Perplexity over windows of text: exp of the mean negative log-likelihood a token.
 
     Every token but a window's first is predicted from those before it in the same window.
@@ -38,7 +55,8 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> dict[str
         batch_size: windows a batch.
 
     Returns:
-        The metric with its standard error over windows (delta method; None for one window).
+        The metric with its standard error over windows (delta method; None for one window). A
+        window adds its mean negative log-likelihood, in nats.
     """
     device = next(model.parameters()).device
     losses = []
@@ -52,7 +70,8 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> dict[str
     windows = torch.cat(losses)
     value = math.exp(windows.mean())
     stderr = value * float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None
-    return {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}
+    metrics = {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}
+    return Judgement(metrics, len(windows), {"perplexity": windows.tolist()})
 
 
 def locate_task(name: str) -> str:
@@ -179,11 +198,8 @@ def harness(
     limit: int | None,
     chat_template: bool,
     batch_size: int,
-) -> tuple[dict[str, Any], int]:
+) -> Judgement:
     """Run one lm-eval task or group on a model object.
-
-    Returns:
-        Metric name -> {value, stderr, higher_is_better}, and the number of samples judged.
 
     Raises:
         Mistake: the tokenizer has no chat template, or our data too few examples.
@@ -214,7 +230,7 @@ def harness(
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat_template,
-        log_samples=False,
+        log_samples=True,
         random_seed=SEED,
         numpy_random_seed=SEED,
         torch_random_seed=SEED,
@@ -229,12 +245,36 @@ def harness(
         if not isinstance(value, int | float) or "_stderr" in metric or not kind:
             continue
         stderr = output["results"][name].get(f"{metric}_stderr,{kind}")
-        metrics[metric if kind == "none" else key] = {
+        metrics[_shown(metric, kind)] = {
             "value": float(value),
             "stderr": float(stderr) if isinstance(stderr, int | float) else None,
             "higher_is_better": bool(higher.get(metric, True)),
         }
-    return metrics, samples
+    found = _each([row for rows in output["samples"].values() for row in rows])
+    return Judgement(metrics, samples, {name: found[name] for name in metrics if name in found})
+
+
+def _shown(metric: str, kind: str) -> str:
+    """A metric's name: that of lm-eval's filter goes with it where there is one."""
+    return metric if kind == "none" else f"{metric},{kind}"
+
+
+def _each(rows: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+    """Metric -> its values in lm-eval's log of samples; of metrics that are numbers in each.
+
+    A list (IFEval has a value an instruction) counts as that many.
+    """
+    found: dict[str, list[float]] = {}
+    odd = set()
+    for row in rows:
+        for metric in row["metrics"]:
+            name, value = _shown(metric, row["filter"]), row[metric]
+            values = value if isinstance(value, list) else [value]
+            if all(isinstance(one, int | float) for one in values):
+                found.setdefault(name, []).extend(map(float, values))
+            else:  # such as a likelihood with a number of words, of which a ratio is taken
+                odd.add(name)
+    return {name: values for name, values in found.items() if name not in odd}
 
 
 def primary(metrics: dict[str, Any]) -> str:

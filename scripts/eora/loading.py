@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from eora.architectures import dense_weight, kept_conversions
-from eora.lowrank import attach
+from eora.errors import Mistake
+from eora.lowrank import LowRankLinear, attach
 
 
 def portable_quantization(config) -> AutoRoundConfig | None:
@@ -92,3 +94,39 @@ def load(
         attach(model, Path(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Put plain layers that hold the sum in the place of layers with an adapter, in place.
+
+    The sum of the layer's weight and the adapter's product is taken in float32 and rounded to the
+    layer's dtype.
+
+    Args:
+        model: loaded with an adapter on a CPU, so that the layers beside it are dense.
+
+    Raises:
+        Mistake: the architecture has no layer of that name; loading a quantized mixture of experts
+            takes its fused weights apart, and nothing puts them together again.
+    """
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, LowRankLinear):
+            continue
+        try:
+            target = plain.get_submodule(name)
+        except AttributeError:
+            raise Mistake(
+                f"{name} is a part of fused experts in {type(model).__name__}: such models cannot "
+                "be merged; export the adapter by itself"
+            ) from None
+        a, b = layer.factors.matrices(torch.float32)
+        weight = dense_weight(layer.base)
+        weight = (weight.float() + b @ a).to(weight.dtype)
+        if isinstance(target, Conv1D):  # (in, out)
+            weight = weight.T
+        target.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        target.bias = layer.base.bias
+        model.set_submodule(name, target)
+    return model

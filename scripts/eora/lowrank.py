@@ -31,9 +31,9 @@ class Factors(nn.Module):
 class PackedFactors(nn.Module):
     """Low-bit A and B^T, packed in memory as on disk (see :mod:`eora.packing`)."""
 
-    def __init__(self, bits: int, sides: dict[str, dict[str, Tensor]]):
+    def __init__(self, bits: int, group_size: int, sides: dict[str, dict[str, Tensor]]):
         super().__init__()
-        self.bits = bits
+        self.bits, self.group_size = bits, group_size
         for side, packed in sides.items():
             for name, tensor in packed.items():
                 self.register_buffer(f"{side}_{name}", tensor)
@@ -41,7 +41,7 @@ class PackedFactors(nn.Module):
     def _side(self, side: str, dtype: torch.dtype) -> Tensor:
         names = ("weight_packed", "weight_scale", "weight_shape")
         packed = {name: getattr(self, f"{side}_{name}") for name in names}
-        return packing.unpack(packed, self.bits, dtype)
+        return packing.unpack(packed, self.bits, self.group_size, dtype)
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), unpacked into ``dtype``."""
@@ -64,8 +64,8 @@ class LowRankLinear(nn.Module):
 def load_factors(folder: Path) -> dict[str, Factors | PackedFactors]:
     """Layer name -> factors of an adapter folder, 16-bit or packed, whichever it holds."""
     if (folder / packing.WEIGHTS).is_file():
-        bits, layers = packing.load(folder)
-        return {layer: PackedFactors(bits, sides) for layer, sides in layers.items()}
+        bits, group_size, layers = packing.load(folder)
+        return {layer: PackedFactors(bits, group_size, sides) for layer, sides in layers.items()}
     return {layer: Factors(a, b) for layer, (a, b) in adapters.load_peft(folder).items()}
 
 

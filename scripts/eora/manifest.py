@@ -28,13 +28,24 @@ def sha256(path: Path) -> str:
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape} of a safetensors file, read from its header alone (no torch)."""
+    """Name -> {dtype, shape, data_offsets} of a safetensors file, from its header alone (no torch).
+
+    The offsets are a tensor's bytes [start, end) in the file.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
+    return header
+
+
+def tensor_shapes(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape} of a safetensors file: of its header, what a result is known by."""
     return {
-        name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()
+        name: {"dtype": entry["dtype"], "shape": entry["shape"]}
+        for name, entry in safetensors_header(path).items()
     }
 
 
@@ -55,12 +66,13 @@ def digest_of(value: Any) -> str:
 def digest(path: Path) -> str:
     """One digest of names and contents of what a stage made.
 
-    ``path`` is the stage's folder or manifest, for all of it, or a folder beside the manifest.
+    ``path`` is the stage's folder or manifest, for all of it, or what lies beside the
+    manifest: a folder or a file.
     """
     if path.name == NAME or (path / NAME).is_file():
         return digest_of(load(path)["outputs"])
     outputs = load(path.parent)["outputs"]
-    return digest_of({k: v for k, v in outputs.items() if k.startswith(f"{path.name}/")})
+    return digest_of({k: v for k, v in outputs.items() if k.split("/")[0] == path.name})
 
 
 def tensors(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -78,7 +90,7 @@ def _describe(folder: Path, skip: tuple[str, ...]) -> tuple[dict[str, Any], dict
             continue
         outputs[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         if path.suffix == ".safetensors":
-            shapes[name] = safetensors_header(path)
+            shapes[name] = tensor_shapes(path)
     return outputs, shapes
 
 

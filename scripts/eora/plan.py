@@ -291,7 +291,7 @@ class Costs:
         mine = model.share(int(shard), int(shards))
         block = max(mine, key=lambda block: _moments(block), default=model.largest)
         setting = f"adapters.{adapter}.max_rank"
-        factors = _factors(block, entry["max_rank"])
+        factors = _factors(block, entry["max_rank"]) + _crosses(block, entry["max_rank"])
         models = (
             Term("the block's weights", block.parameters * model.bytes),
             Term("the same, compressed", self._packed(settings, block.layers)),
@@ -318,7 +318,8 @@ class Costs:
             for leader in some.inputs if whole else ():
                 if leader.rows > leader.columns:  # the Cholesky factor, shared
                     work["double"] = work.get("double", 0) + leader.columns**3 / 3 * leader.copies
-        kept = sum(_factors(some, entry["max_rank"]) for some in mine)
+        ranks = entry["max_rank"]
+        kept = sum(_factors(some, ranks) + _crosses(some, ranks) / 2 for some in mine)
         read = sum(some.parameters * model.bytes + _moments(some) for some in mine)
         return Cost(device, host, kept, {**work, "disk": read + kept})
 
@@ -326,28 +327,37 @@ class Costs:
 
     def _adapter(self, model: Shapes, adapter: str, rank: str, **_: str) -> Cost:
         sliced = sum(_factors(block, int(rank)) for block in model.blocks)
-        source = max(
-            _factors(b, self.config["adapters"][adapter]["max_rank"]) for b in model.blocks
-        )
+        crosses = sum(_crosses(block, int(rank)) for block in model.blocks) / 2
+        made = sliced / 2 + crosses
         host = (
             Term("Python", IMPORTS["adapter"] * GB),
             Term("factors of this rank, in float32 and in 16 bits", sliced * 1.5),
-            Term("one block's factors of all ranks", source),
         )
-        read = sum(_factors(b, self.config["adapters"][adapter]["max_rank"]) for b in model.blocks)
-        return Cost((), (host,), sliced / 2, {"disk": read + sliced / 2})
+        return Cost((), (host,), made, {"disk": sliced + crosses + made})
 
     def _quantize_adapter(
         self, model: Shapes, adapter: str, rank: str, bits: str, **_: str
     ) -> Cost:
         group = self.config["adapters"][adapter]["group_size"]
         sliced = sum(_factors(block, int(rank)) for block in model.blocks) / 2
+        crosses = sum(_crosses(block, int(rank)) for block in model.blocks) / 2
         packed = sliced * (int(bits) + 16 / group) / 16
+        largest = max(
+            layer.rank(int(rank)) * (layer.rows + layer.columns) * 4 for layer in model.layers
+        )
         host = (
             Term("Python", IMPORTS["adapter"] * GB),
-            Term("the adapter, in 16 bits and packed", sliced + 2 * packed),
+            Term("the adapter, in 16 bits and packed", sliced + packed),
+            Term("a layer's factors while they are fitted", 6 * largest),
         )
-        return Cost((), (host,), packed, {"disk": sliced + packed})
+        work = {"memory": 0.0, "single": 0.0, "disk": sliced + crosses + packed}
+        for layer in model.layers:
+            r = layer.rank(int(rank))
+            # Each value is tried on 18 grids; each row's error is added to all rows after it.
+            tried = 18 * 24 * r * (layer.rows + layer.columns)
+            work["memory"] += (tried + 6 * r**2 * layer.rows) * layer.copies
+            work["single"] += 2 * r**2 * (7 * layer.columns + 2 * layer.rows) * layer.copies
+        return Cost((), (host,), packed, work)
 
     # -- evaluate --
 
@@ -427,6 +437,11 @@ def _factors(block: Block, rank: int) -> float:
     )
 
 
+def _crosses(block: Block, rank: int) -> float:
+    """Bytes of how this rank's directions go with the inputs, in float32."""
+    return sum(layer.rank(rank) * layer.columns * 4 * layer.copies for layer in block.layers)
+
+
 def _attention(block: Block) -> int:
     """Width of all heads: what attention writes, and its output layer reads."""
     return max(
@@ -476,7 +491,9 @@ def _fit_work(layer: Layer, rank: int, whole: bool) -> dict[str, float]:
     else:
         single += rows * columns**2 + 2 * columns**3 * whole
         double += 2 * columns**2 * rank + 2 * rows * columns * rank + 4 * rows * rank**2
-    work = {"single": single + 2 * rows * columns * rank, "double": double}
+    # The directions of the error, and what they have in common with the inputs.
+    single += 2 * rows * columns * rank + 2 * columns**2 * rank * whole
+    work = {"single": single, "double": double}
     if small >= 2000 and 16 * rank <= small:  # see eora.eigen: a Krylov space, and its proof
         work["single"] += 2 * small**2 * 6 * rank
         work["double"] += small**3 / 3 + 4 * 2 * small**2 * rank

@@ -16,12 +16,14 @@ from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 
 from eora.errors import Mistake
 
@@ -42,19 +44,24 @@ CSV_COLUMNS = [
     "higher_is_better",
     "samples",
     "bytes",
+    "weight_bytes",
+    "scale_bytes",
+    "other_bytes",
+    "adapter_bytes",
     "effective_bits",
     "recovered",
+    "p_value",
     "cheaper_alternative",
     "seconds",
     "peak_memory_bytes",
     "device",
 ]
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["adapter_bytes", "best_for_size", "dtype", "metrics", "tools"]
+PAGE_COLUMNS = ["best_for_size", "dtype", "each", "metrics", "tools"]
 
-_WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "adapter_bytes"]
-_WHOLE += ["peak_memory_bytes"]
-_REAL = ["effective_bits", "recovered", "seconds"]
+_WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
+_WHOLE += ["other_bytes", "adapter_bytes", "peak_memory_bytes"]
+_REAL = ["effective_bits", "recovered", "p_value", "seconds"]
 
 # Bits of one element, under the names that safetensors headers use.
 DTYPE_BITS = {
@@ -66,6 +73,9 @@ DTYPE_BITS = {
     **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
     "F4": 4,
 }
+
+# What formats call a layer's weights; what else lies beside them scales them.
+WEIGHTS = {"weight", "qweight", "weight_packed"}
 
 # Distinct for colour-blind readers, and each at least 4.5:1 against white.
 COLOURS = ["#0066a6", "#b84a00", "#00735a", "#9c3587", "#7a5c00", "#332288", "#4d4d4d"]
@@ -83,7 +93,10 @@ MARKERS = [
 ]
 LINES = [("solid", ""), ("dashed", "5 3"), ("dotted", "1.5 2.5"), ("dashdot", "6 2 1.5 2")]
 
-# Differences below this many standard errors are called noise.
+# A difference that chance makes as often as this is called noise ...
+CHANCE = 0.05
+# ... by so many permutations, or below this many standard errors where samples are not known.
+PERMUTATIONS = 1999
 NOISE_ERRORS = 2.0
 # An adapter that keeps this share of the best one's gain is "nearly as good".
 NEARLY = 0.9
@@ -144,6 +157,11 @@ def total_bytes(manifest: Mapping[str, Any]) -> int:
     return sum(tensor_bytes(tensor) for tensor in tensors(manifest).values())
 
 
+def adapter_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of an adapter's factors; a 16-bit one's folder also holds what rounding it needs."""
+    return sum(tensor_bytes(t) for (_, name), t in tensors(manifest).items() if ".lora_" in name)
+
+
 def decoder_weights(original: Mapping[str, Any]) -> dict[str, int]:
     """The layers that compression touches, as {prefix: number of weights}.
 
@@ -158,14 +176,20 @@ def decoder_weights(original: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def layer_bytes(manifest: Mapping[str, Any], prefixes: Iterable[str]) -> int:
-    """Bytes of the tensors below these prefixes, whatever their suffix, without biases."""
+def bytes_by_part(manifest: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, int]:
+    """Bytes of a model's weights of the layers below these prefixes, packed or not, of what those
+    are scaled by (scales, zero points, permutations), and of all else: embeddings, norms, biases.
+    """
     starts = tuple(f"{prefix}." for prefix in prefixes)
-    return sum(
-        tensor_bytes(tensor)
-        for (_, name), tensor in tensors(manifest).items()
-        if name.startswith(starts) and not name.endswith(".bias")
-    )
+    found = dict.fromkeys(("weight_bytes", "scale_bytes", "other_bytes"), 0)
+    for (_, name), tensor in tensors(manifest).items():
+        last = name.rpartition(".")[2]
+        if not name.startswith(starts) or last == "bias":
+            part = "other_bytes"
+        else:
+            part = "weight_bytes" if last in WEIGHTS else "scale_bytes"
+        found[part] += tensor_bytes(tensor)
+    return found
 
 
 def effective_bits(
@@ -174,7 +198,9 @@ def effective_bits(
     """Bits spent per original decoder weight: packed weights, scales, zeros and adapter."""
     weights = decoder_weights(original)
     count = sum(weights.values())
-    return 8 * (layer_bytes(model, weights) + adapter_bytes) / count if count else None
+    parts = bytes_by_part(model, weights)
+    spent = parts["weight_bytes"] + parts["scale_bytes"] + adapter_bytes
+    return 8 * spent / count if count else None
 
 
 def number(value: Any) -> float:
@@ -221,7 +247,7 @@ def read_parts(results: Path, variant: Mapping[str, Any]) -> Parts:
 def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
     """The columns that are the same for all tasks of a variant."""
     held = parts.compressed or parts.original
-    extra = total_bytes(parts.adapter) if parts.adapter is not None else None
+    extra = adapter_bytes(parts.adapter) if parts.adapter is not None else None
     settings = plan.get("compressions", {}).get(variant["compression"]) or {}
     adapter = plan.get("adapters", {}).get(variant["adapter"]) or {}
     return {
@@ -235,8 +261,9 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
         "rank": variant["rank"],
         "adapter_bits": variant["adapter_bits"],
         "bytes": total_bytes(held) + (extra or 0),
-        "effective_bits": effective_bits(parts.original, held, extra or 0),
+        **bytes_by_part(held, decoder_weights(parts.original)),
         "adapter_bytes": extra,
+        "effective_bits": effective_bits(parts.original, held, extra or 0),
         "tools": [
             (name, str(version))
             for manifest in parts
@@ -272,6 +299,7 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
         "device": found.get("device"),
         "dtype": found.get("dtype"),
         "metrics": metrics,
+        "each": read_json(path.with_name("samples.json"), "samples").get(metric),
         "tools": [(name, str(version)) for name, version in found.get("versions", {}).items()],
     }
 
@@ -343,6 +371,12 @@ def recovered(row: Row, rows: list[Row]) -> float | None:
     return recovered_share(*values, row["metric"], row["higher_is_better"])
 
 
+def p_of_adapter(row: Row, rows: list[Row]) -> float | None:
+    """`p_value` of a variant with adapter against the same compression without."""
+    compressed = None if pd.isna(row["adapter"]) else base_row(rows, row["compression"])
+    return None if compressed is None else p_value(row, compressed)
+
+
 def cheaper_alternative(row: Row, rows: list[Row]) -> str | None:
     """The smallest variant without adapter that needs no more bytes and is as good or better."""
     if pd.isna(row["adapter"]):
@@ -371,13 +405,38 @@ def best_for_size(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def is_noise(a: Row, b: Row) -> bool:
-    """Whether two values differ by less than two standard errors of their difference.
+def p_value(a: Row, b: Row) -> float | None:
+    """How likely two variants that are equally good would differ this much, sample by sample.
 
-    The errors are taken as independent. Both variants answer the same samples, so this asks
-    for more than a paired test would: it errs on the side of "not sure". Without standard
-    errors nothing is called noise.
+    Both answered the same samples: a paired permutation test of the mean difference, two-sided
+    (for right and wrong answers that is McNemar's test). None where samples are not known.
     """
+    if a["each"] is None or b["each"] is None or len(a["each"]) != len(b["each"]):
+        return None
+    difference = np.subtract(a["each"], b["each"])
+    difference = difference[difference != 0]  # the others say nothing
+    if not len(difference):
+        return 1.0
+    test = stats.permutation_test(
+        [difference],
+        np.mean,
+        permutation_type="samples",
+        n_resamples=PERMUTATIONS,
+        vectorized=True,
+        rng=0,
+    )
+    return float(test.pvalue)
+
+
+def is_noise(a: Row, b: Row) -> bool:
+    """Whether it may be chance that one of two variants is the better one.
+
+    Where samples are not known, a difference of less than two standard errors, taken as
+    independent; without those nothing is called noise.
+    """
+    p = p_value(a, b)
+    if p is not None:
+        return p > CHANCE
     if not (known(a["stderr"]) and known(b["stderr"])):
         return False
     return abs(a["value"] - b["value"]) < NOISE_ERRORS * math.hypot(a["stderr"], b["stderr"])
@@ -393,6 +452,7 @@ def compare(rows: list[Row]) -> list[Row]:
         {
             **row,
             "recovered": recovered(row, rows),
+            "p_value": p_of_adapter(row, rows),
             "cheaper_alternative": cheaper_alternative(row, rows),
             "best_for_size": row["variant"] in best,
         }
@@ -535,8 +595,8 @@ def mean_recovered(rows: list[Row]) -> dict[str, float]:
         return {}
     # A variant that broke on one task must not win on the remaining ones.
     found = frame.astype({"recovered": float}).groupby("variant", sort=False)["recovered"]
-    stats = found.agg(["mean", "count"])
-    return stats.loc[stats["count"] == stats["count"].max(), "mean"].to_dict()
+    spread = found.agg(["mean", "count"])
+    return spread.loc[spread["count"] == spread["count"].max(), "mean"].to_dict()
 
 
 def recovery_part(row: Row, compressed: Row, first: bool) -> Markup:

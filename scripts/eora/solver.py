@@ -50,15 +50,20 @@ class Factors:
         Column i of lora_B and row i of lora_A have equal norms, so that neither under- nor
         overflows in 16 or 4 bits. ``lora_B[:, :r] @ lora_A[:r]`` is the optimum at rank r.
     residual: (R + 1,) float64; entry r is the objective left at rank r (entry 0: without adapter).
+    cross: (R, in), ``lora_A C``, of the metric's C: how what A gives goes with the inputs.
+    channels: (in,), the diagonal of that C. Both are at one scale, of no meaning, and float32 or
+        what the error is in. With them :mod:`eora.rounding` needs C no more.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     residual: Tensor
+    cross: Tensor
+    channels: Tensor
 
     def cpu(self) -> Factors:
         """The same in host memory."""
-        return Factors(self.lora_A.cpu(), self.lora_B.cpu(), self.residual.cpu())
+        return Factors(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
 
 def _mirrored(lower: Tensor) -> Tensor:
@@ -93,6 +98,19 @@ def _times_half(left: Tensor, matrix: Tensor) -> Tensor:
         lower = matrix[columns.start :, columns].to(left.dtype).tril()
         lower.diagonal().div_(2)
         torch.matmul(left[:, columns.start :], lower, out=product[:, columns])
+    return product
+
+
+def _times_symmetric(left: Tensor, lower: Tensor) -> Tensor:
+    """left (m, n) @ the symmetric matrix (n, n) of this lower triangle."""
+    product = torch.zeros_like(left)
+    for rows in row_blocks(len(lower)):
+        before = slice(rows.start)
+        corner = lower[rows, rows].to(left.dtype).tril()
+        below = lower[rows, before].to(left.dtype)
+        product[:, before] += left[:, rows] @ below
+        product[:, rows] += left[:, before] @ below.T
+        product[:, rows] += left[:, rows] @ (corner + corner.tril(-1).T)
     return product
 
 
@@ -146,6 +164,13 @@ class Metric:
             root = torch.linalg.qr(root, mode="r").R.T.contiguous()
         root[self.channels == 0] = 0  # never seen
         return root
+
+
+def _cross(a: Tensor, metric: Metric) -> Tensor:
+    """a C / unit (rank, in)."""
+    if metric.method == "eora":
+        return _times_symmetric(a, metric.moment) / metric.unit
+    return a * (metric.channels / metric.unit).to(a.dtype)
 
 
 def _outer(error: Tensor, metric: Metric) -> Tensor:
@@ -225,8 +250,11 @@ def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
     a = u.T @ error
     balance = a.norm(dim=1).sqrt()
     residual = torch.cat([total[None], total - values.cumsum(0)]).clamp(min=0) * metric.unit
+    lora_a = torch.where(balance[:, None] > 0, a / balance[:, None], 0.0)
     return Factors(
-        lora_A=torch.where(balance[:, None] > 0, a / balance[:, None], 0.0),
+        lora_A=lora_a,
         lora_B=u * balance,
         residual=residual,
+        cross=_cross(lora_a, metric),
+        channels=(metric.channels / metric.unit).to(a.dtype),
     )

@@ -167,18 +167,18 @@ STAGES = {
     "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
     "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 2, _covariance),
     "decompose": Stage(
-        "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 2, _decompose
+        "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 3, _decompose
     ),
     "adapter": Stage(
-        "adapters/{model}/{compression}/{adapter}/r{rank}-16bit", 1, _adapter, "adapter"
+        "adapters/{model}/{compression}/{adapter}/r{rank}-16bit", 2, _adapter, "adapter"
     ),
     "quantize_adapter": Stage(
         "adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit",
-        1,
+        2,
         _quantize_adapter,
         "adapter",
     ),
-    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 1, _evaluate, "results.json"),
+    "evaluate": Stage("evaluations/{model}/{variant}/{task}", 2, _evaluate, "results.json"),
 }
 REPORT_VERSION = 1
 

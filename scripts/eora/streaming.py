@@ -28,6 +28,8 @@ from eora.errors import Mistake
 from eora.manifest import safetensors_header
 
 INDEX = "model.safetensors.index.json"
+# Shapes of batches whose arguments are kept: for one of 2,048 tokens 1 MB, or 10 with a mask.
+_KEPT_CALLS = 128
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -47,16 +49,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if not found:
         raise Mistake(f"{folder}: no *.safetensors in it; make or fetch the model again")
     return found
-
-
-def _ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Tensor name -> its bytes [start, end) in a safetensors file."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: (8 + size + start, 8 + size + end) for name, (start, end) in offsets.items()}
 
 
 def _give_back() -> None:
@@ -110,6 +102,7 @@ class BlockStream:
         self.device, self.dtype = torch.device(device), dtype
         self._folder, self._files = folder, weight_files(folder)
         self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, dict[str, Any]] = {}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
@@ -123,7 +116,7 @@ class BlockStream:
         self.prefix, self.blocks = architectures.decoder_blocks(self.model)
         self._stored = architectures.stored_tensors(self.model, self._files)
         self._stem_loaded = False
-        self._called: tuple[tuple[int, int], list[dict[str, Any]]] = ((0, 0), [])
+        self._called: dict[tuple[int, int], list[dict[str, Any]]] = {}
         if not quantized:  # its original was looked at
             architectures.check_blocks(self.model, self.blocks)
 
@@ -173,9 +166,11 @@ class BlockStream:
         mine = f"{self.name(index)}."
         names = {stored.name for name, stored in self._stored.items() if name.startswith(mine)}
         for path in {self._files[name] for name in names}:
-            ranges = _ranges(path)
+            if path not in self._headers:
+                self._headers[path] = safetensors_header(path)
+            found = names & self._headers[path].keys()
             with path.open("rb") as file:
-                for start, end in (ranges[name] for name in names if name in ranges):
+                for start, end in (self._headers[path][name]["data_offsets"] for name in found):
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def _materialise(self, name: str, module: nn.Module, skip: tuple[str, ...] = ()) -> None:
@@ -287,10 +282,14 @@ class BlockStream:
         Masks and position embeddings depend neither on the tokens nor on what earlier blocks
         computed.
         """
-        if self._called[0] != (batch, seq):
-            recorders = self._enter(torch.zeros(batch, seq, dtype=torch.int64))
-            self._called = (batch, seq), [recorder.kwargs for recorder in recorders]
-        return self._called[1]
+        if (batch, seq) in self._called:
+            return self._called[batch, seq]
+        recorders = self._enter(torch.zeros(batch, seq, dtype=torch.int64))
+        found = [recorder.kwargs for recorder in recorders]
+        # Shapes come in turn, block after block: of too many, the first that came are worth most.
+        if len(self._called) < _KEPT_CALLS:
+            self._called[batch, seq] = found
+        return found
 
 
 def check(folder: Path, trust_remote_code: bool = False) -> None:

@@ -75,11 +75,13 @@ Name=gpu File=/dev/random
 
 def unavailable() -> str | None:
     """Why no SLURM can be started here, None if it can."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return "one SLURM, many workers; `make test-slurm` has one"
     if os.geteuid() != 0:
         return "SLURM's daemons want root"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed; `make slurm` installs them on Debian"
+        return f"{', '.join(missing)} not installed; `make test-slurm` installs them on Debian"
     for name in FILES:
         file = ETC / name
         if file.exists() and not file.read_text().startswith(OURS):

@@ -21,7 +21,7 @@ import pytest
 from cluster import live, run, until
 from filelock import FileLock
 
-from conftest import ROOT, Pipeline
+from conftest import ROOT, Pipeline, failures
 from eora import config as cfg
 from eora import manifest, plan, shapes, stages
 from eora.result import LOCK
@@ -76,17 +76,24 @@ class Going:
         return output
 
 
-def on_slurm(pipeline: Pipeline, folder: Path, results: bool = True) -> OnSlurm:
-    """A smaller config of the pipeline's, one of each kind, and its results, in another folder."""
-    config = copy.deepcopy(pipeline.config)
+@pytest.fixture(scope="module")
+def local(unrun, tmp_path_factory) -> Pipeline:
+    """A smaller config, one of each kind, that ran on this machine without SLURM."""
+    config = copy.deepcopy(unrun.config)
     del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
     config["adapters"]["eora"]["ranks"] = [8]
+    made = Pipeline(tmp_path_factory.mktemp("local"), config, unrun.env)
+    done = made.snakemake()
+    assert done.returncode == 0, failures(done.stdout, made.folder)
+    return made
+
+
+def on_slurm(local: Pipeline, folder: Path, results: bool = True) -> OnSlurm:
+    """The same to run on SLURM in another folder, with what it made but for kept copies."""
     folder.mkdir()
-    if results:
-        left_out = shutil.ignore_patterns(".store", "twin", "w4*", "r4-*", "choice")
-        for name in (".snakemake", "results"):
-            shutil.copytree(pipeline.folder / name, folder / name, ignore=left_out)
-    return OnSlurm(folder, config, pipeline.env, pipeline.root)
+    for name in (".snakemake", "results") if results else ():
+        shutil.copytree(local.folder / name, folder / name, ignore=shutil.ignore_patterns(".store"))
+    return OnSlurm(folder, local.config, local.env, local.root)
 
 
 @pytest.fixture(scope="session")
@@ -113,9 +120,9 @@ def sealed(folder, results):
 
 
 @pytest.fixture(scope="module")
-def whole(slurm, pipeline, tmp_path_factory):
+def whole(slurm, local, tmp_path_factory):
     """The whole workflow on SLURM, from download to report, while tests of other runs go on."""
-    made = on_slurm(pipeline, tmp_path_factory.mktemp("cluster") / "run", results=False)
+    made = on_slurm(local, tmp_path_factory.mktemp("cluster") / "run", results=False)
     with made.going() as snakemake:
         yield made, snakemake
 
@@ -169,15 +176,15 @@ def history(slurm, made, name):
 
 
 @pytest.fixture
-def again(slurm, pipeline, tmp_path) -> OnSlurm:
-    """The locally finished pipeline in a folder of its own."""
-    return on_slurm(pipeline, tmp_path / "run")
+def again(slurm, local, tmp_path) -> OnSlurm:
+    """The locally finished local in a folder of its own."""
+    return on_slurm(local, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def hanging(slurm, pipeline, tmp_path_factory):
+def hanging(slurm, local, tmp_path_factory):
     """A run whose job hangs beyond its time. SLURM counts whole minutes, so this starts early."""
-    made = on_slurm(pipeline, tmp_path_factory.mktemp("hanging") / "run")
+    made = on_slurm(local, tmp_path_factory.mktemp("hanging") / "run")
     with made.going(*forget(made, JUDGED)) as snakemake:
         frozen(made, JUDGED)
         (job,) = running(slurm, made, "evaluate")
@@ -186,7 +193,7 @@ def hanging(slurm, pipeline, tmp_path_factory):
 
 
 def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
-    slurm, whole, hanging, again, pipeline
+    slurm, whole, hanging, again, local
 ):
     """One decomposition is cancelled; an evaluation gets too little memory, and then more."""
     little = ["--set-resources", "evaluate:mem_mb=100+350*attempt"]
@@ -206,10 +213,10 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     logs = (again.folder / ".snakemake/slurm_logs/rule_evaluate").rglob("*.log")
     assert any("exceeded memory limit" in log.read_text() for log in logs)
     for folder in (*SHARDS, JUDGED):
-        assert sealed(folder, again.results) == sealed(folder, pipeline.results)
+        assert sealed(folder, again.results) == sealed(folder, local.results)
 
 
-def test_snakemake_is_killed_and_its_jobs_live_on(slurm, again, pipeline):
+def test_snakemake_is_killed_and_its_jobs_live_on(slurm, again, local):
     """Nobody submits them twice without a word, and what they made is not made again."""
     targets = forget(again, *SHARDS)
     with again.going(*targets) as snakemake:
@@ -228,7 +235,7 @@ def test_snakemake_is_killed_and_its_jobs_live_on(slurm, again, pipeline):
     assert again.snakemake(*targets).returncode == 0
     assert [state for state, _, _ in history(slurm, again, "decompose")] == ["COMPLETED"] * 2
     for folder in SHARDS:
-        assert sealed(folder, again.results) == sealed(folder, pipeline.results)
+        assert sealed(folder, again.results) == sealed(folder, local.results)
 
 
 def test_gpu_jobs_get_one_card_each_and_others_none(slurm, finished):
@@ -257,32 +264,32 @@ def test_jobs_ask_slurm_for_what_the_plan_says(slurm, finished):
     assert asked == expected
 
 
-def test_results_are_those_of_a_local_run(finished, pipeline):
+def test_results_are_those_of_a_local_run(finished, local):
     config = cfg.validate(
         finished.config, cfg.load_schema(ROOT / "workflow/schemas/config.schema.yaml")
     )
     folders = [place.folder for place in stages.asked(config)]
     assert len(folders) > 12
     for folder in folders:
-        assert sealed(folder, finished.results) == sealed(folder, pipeline.results), folder
+        assert sealed(folder, finished.results) == sealed(folder, local.results), folder
 
     def rows(made):
         with (made.results / "summary.csv").open() as file:
             return {(r["model"], r["variant"], r["task"]): r["value"] for r in csv.DictReader(file)}
 
-    assert rows(finished).items() <= rows(pipeline).items()
+    assert rows(finished).items() <= rows(local).items()
 
 
-def test_a_job_that_hung_beyond_its_time_is_made_up_for(slurm, hanging, pipeline):
+def test_a_job_that_hung_beyond_its_time_is_made_up_for(slurm, hanging, local):
     made, snakemake = hanging
     snakemake.end()
     first, second = history(slurm, made, "evaluate")
     assert first[0] == "TIMEOUT" and second[0] == "COMPLETED" and second[2] == "00:45:00"
-    assert sealed(JUDGED, made.results) == sealed(JUDGED, pipeline.results)
+    assert sealed(JUDGED, made.results) == sealed(JUDGED, local.results)
 
 
 def test_a_lost_node_leaves_a_copy_of_the_job_alive_and_results_are_whole(
-    slurm, finished, hanging, again, pipeline
+    slurm, finished, hanging, again, local
 ):
     """SLURM loses sight of a job that lives on, and starts it again: one result is published."""
     folder = SHARDS[0]
@@ -297,4 +304,4 @@ def test_a_lost_node_leaves_a_copy_of_the_job_alive_and_results_are_whole(
     until(lambda: not copies(again, "decompose.py"), "the end of both copies")
     (job,) = slurm.jobs(again.folder)
     assert job["Restarts"] == "1" and job["JobState"] == "COMPLETED"
-    assert sealed(folder, again.results) == sealed(folder, pipeline.results)
+    assert sealed(folder, again.results) == sealed(folder, local.results)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from eora import adapters, lowrank, packing
+from eora import adapters, lowrank, packing, rounding
 from eora.errors import Mistake
 
 RANK = 8
@@ -48,22 +48,15 @@ def test_config_is_the_same_from_run_to_run(pairs, tmp_path):
     assert json.loads(first)["lora_alpha"] == RANK
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(8, 64), (3, 96), (16, 40), (5, 7)])
-def test_packing_rounds_to_the_nearest_of_its_grid(bits, shape):
-    matrix = torch.randn(*shape)
-    packed = packing.pack(matrix, bits, 32)
-    rounded = packing.unpack(packed, bits, torch.float32)
-    group = shape[1] // packed["weight_scale"].shape[1]
-    step = packed["weight_scale"].float().repeat_interleave(group, dim=1)
-    # Half a step inside the grid; a whole one at its positive end, which two's complement lacks.
-    assert ((matrix - rounded).abs() <= step * 1.001).all()
-    assert ((matrix - rounded).abs() <= step * 0.501).float().mean() > 0.8
+def rounded(pairs, bits):
+    """Each layer's name, A and B^T on their grids."""
+    for layer, (a, b) in pairs.items():
+        yield layer, *(rounding.nearest(m, bits, 32) for m in (a, b.T.contiguous()))
 
 
 def test_four_bits_take_about_four_and_a_half(pairs, tmp_path):
     adapters.save_peft(tmp_path / "r16", pairs, RANK, "tiny")
-    packing.save(tmp_path / "r4", pairs, 4, 32, "tiny")
+    packing.save(tmp_path / "r4", rounded(pairs, 4), 4, 32, "tiny")
 
     def payload(path):
         return sum(
@@ -77,17 +70,16 @@ def test_four_bits_take_about_four_and_a_half(pairs, tmp_path):
 
 
 def test_packed_factors_stay_packed_and_compute_their_rounded_product(tiny_model, pairs, tmp_path):
-    packing.save(tmp_path, pairs, 4, 32, "tiny")
+    packing.save(tmp_path, rounded(pairs, 4), 4, 32, "tiny")
     model = lowrank.attach(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)
     layer, (a, b) = next(iter(pairs.items()))
     wrapped = model.get_submodule(layer)
     dtypes = {t.dtype for n, t in wrapped.factors.named_buffers() if n.endswith("packed")}
     assert dtypes == {torch.int32}
     x = torch.randn(5, a.shape[1])
-    rounded_a = packing.unpack(packing.pack(a, 4, 32), 4, torch.float32)
-    rounded_b = packing.unpack(packing.pack(b.T, 4, 32), 4, torch.float32).T
+    ((_, low_a, low_b_t),) = rounded({layer: (a, b)}, 4)
     with torch.inference_mode():
-        expected = wrapped.base(x) + x @ rounded_a.T @ rounded_b.T
+        expected = wrapped.base(x) + x @ low_a.values.T @ low_b_t.values
         torch.testing.assert_close(wrapped(x), expected)
 
 

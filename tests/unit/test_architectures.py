@@ -21,6 +21,7 @@ from eora import (
     loading,
     lowrank,
     packing,
+    rounding,
     sources,
     streaming,
 )
@@ -323,7 +324,10 @@ def fit(original, compressed, samples, out):
     assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())
     transposed = factor_files.is_transposed(files)
     adapters.save_peft(out / "r16", pairs, RANK, "tiny", transposed)
-    packing.save(out / "r4", pairs, 4, 32, "tiny", transposed)
+    factor_files.save_moments(out / "moments", files, RANK)
+    moments = factor_files.InputMoments(out / "moments")
+    low = ((name, *rounding.refit(*pairs[name], *moments.of(name), 4, 32)) for name in pairs)
+    packing.save(out / "r4", low, 4, 32, "tiny", transposed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -366,7 +370,20 @@ def test_peft_takes_the_adapter_of_transposed_layers(folders, samples, tmp_path)
         torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
         merged = theirs.merge_and_unload()  # the weights are transposed here
         torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-3, atol=1e-3)
+        loading.merged(model).save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(ours, again(ids).logits, rtol=1e-3, atol=1e-3)
     assert (ours - before).abs().max() > 0.1
+
+
+def test_fused_experts_are_not_merged(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders("mixtral"))
+    architectures.split_experts(model)
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    out, inner = architectures.dense_weight(model.get_submodule(name)).shape
+    adapters.save_peft(tmp_path, {name: (torch.ones(RANK, inner), torch.ones(out, RANK))}, RANK, "")
+    with pytest.raises(Mistake, match=r"experts\.0\.up_proj is a part of fused experts"):
+        loading.merged(lowrank.attach(model, tmp_path))
 
 
 # --- what is refused, and where ---

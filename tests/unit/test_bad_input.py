@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, SENTENCES, make_tokenizer
 from eora import config as cfg
-from eora import manifest
+from eora import covariance, manifest
 
 SCHEMA = cfg.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 
@@ -841,6 +841,16 @@ def test_a_disk_that_is_full(what, disk, stage, tmp_path, capfd):
         assert message.startswith(f"Error: {place / 'out'}: ")
         assert "No space left on device" in message or "File too large" in message
         assert "MB are free there. Free more, or set results to a folder on a larger" in message
+
+
+def test_hidden_states_that_a_disk_has_no_room_for(tmp_path, monkeypatch):
+    """An error that can be told, not the death of who fills a mapping of a file without room."""
+    monkeypatch.setattr(covariance, "_host_memory", lambda: 0)
+    with (
+        mounted(tmp_path / "disk", "size=96k") as disk,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        covariance.Hidden(torch.zeros(1, 64), 4096, disk)
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path, capfd):

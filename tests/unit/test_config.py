@@ -480,7 +480,7 @@ def test_defaults_are_filled_in_at_every_level():
         "calibration": "c",
         "ranks": [4, 8],
         "max_rank": 512,
-        "bits": [16],
+        "bits": [4],
         "group_size": 32,
         "method": "eora",
     }
@@ -527,7 +527,7 @@ def test_the_config_and_the_schema_are_left_as_they_were(wrong):
 
 def test_variants_are_the_product_of_what_is_named():
     names = [v.name for v in cfg.variants(cfg.validate(changed(), SCHEMA))]
-    assert names == ["original", "w2", "w2+e-r4-16bit", "w2+e-r8-16bit"]
+    assert names == ["original", "w2", "w2+e-r4-4bit", "w2+e-r8-4bit"]
 
 
 # --- the schema, and the config that explains it ---
@@ -620,7 +620,7 @@ JOBS = {
         "decompose": 2,
         "adapter": 2 * 2,
         "quantize_adapter": 2 * 2,
-        "evaluate": (1 + 2 + 2 * 2 * 2) * 2,
+        "evaluate": (1 + 2 + 2 * 2) * 2,
     },
     "llama3-8b-paper": {
         "download_model": 1,

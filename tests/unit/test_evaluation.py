@@ -15,19 +15,22 @@ from eora.errors import Mistake
 def test_perplexity_is_the_exponential_of_the_models_own_loss(tiny_model, batch_size):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.randint(2, 256, (5, 20), generator=torch.Generator().manual_seed(0))
-    found = evaluation.perplexity(model, ids, batch_size)["perplexity"]
+    judged = evaluation.perplexity(model, ids, batch_size)
+    found = judged.metrics["perplexity"]
     with torch.inference_mode():
         losses = torch.tensor([model(w[None], labels=w[None]).loss.item() for w in ids])
     assert found["value"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
     assert found["stderr"] == pytest.approx(
         found["value"] * losses.std().item() / math.sqrt(5), rel=1e-4
     )
+    assert judged.samples == 5
+    assert judged.each["perplexity"] == pytest.approx(losses.tolist(), rel=1e-5)
 
 
 def test_one_window_has_no_standard_error(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    found = evaluation.perplexity(model, torch.arange(2, 22)[None], 8)["perplexity"]
-    assert found["stderr"] is None
+    judged = evaluation.perplexity(model, torch.arange(2, 22)[None], 8)
+    assert judged.metrics["perplexity"]["stderr"] is None
 
 
 def test_the_usual_metric_is_the_primary_one():
@@ -66,7 +69,7 @@ def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path,
     task = evaluation.load_task("gsm8k", "gsm8k", data["test"], fewshot)["tasks"]["gsm8k"]
     assert task.config.num_fewshot == (5 if shots else 0)  # the task's own number, or none
     model, tokenizer = loading.load(tiny_model)
-    metrics, samples = evaluation.harness(
+    judged = evaluation.harness(
         model,
         tokenizer,
         {"tasks": {"gsm8k": task}, "groups": {}},
@@ -76,7 +79,20 @@ def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path,
         chat_template=False,
         batch_size=2,
     )
-    assert samples == 2
-    assert set(metrics) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert judged.samples == 2
+    assert set(judged.metrics) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    for name, metric in judged.metrics.items():
+        assert sum(judged.each[name]) / 2 == metric["value"]
     examples = task.instances[0].args[0]
     assert examples.count("train") == shots and examples.count("test") == 1
+
+
+def test_what_samples_add_is_told_of_metrics_that_are_numbers():
+    row = {"filter": "none", "metrics": ["acc", "strict", "words"]}
+    rows = [
+        {**row, "acc": 1.0, "strict": [True, False], "words": (-3.5, 7)},
+        {**row, "acc": 0, "strict": [True], "words": (-2.5, 6)},
+    ]
+    assert evaluation._each(rows) == {"acc": [1.0, 0.0], "strict": [1.0, 0.0, 1.0]}
+    filtered = {"filter": "strict", "metrics": ["exact_match"], "exact_match": 1.0}
+    assert evaluation._each([filtered]) == {"exact_match,strict": [1.0]}

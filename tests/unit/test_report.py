@@ -7,8 +7,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from eora import report
 
@@ -71,10 +73,13 @@ def adapter_tensors(rank: int) -> dict:
     for i in range(LAYERS):
         found[f"layers.{i}.lora_A"] = tensor("F16", rank, 32)
         found[f"layers.{i}.lora_B"] = tensor("F16", 64, rank)
+        found[f"layers.{i}.cross"] = tensor("BF16", rank, 32)  # beside the adapter, none of it
     return found
 
 
-def evaluation(results: Path, model: str, variant: str, task: str, value, **more) -> None:
+def evaluation(
+    results: Path, model: str, variant: str, task: str, value, each=None, **more
+) -> None:
     primary = "perplexity" if "perplexity" in task else "acc_norm"
     up = primary != "perplexity"
     error = 0.01 if up else None
@@ -92,7 +97,9 @@ def evaluation(results: Path, model: str, variant: str, task: str, value, **more
         "dtype": "float32",
         "versions": {"lm_eval": "0.4.13"},
     }
-    save(results / "evaluations" / model / variant / task / "results.json", content | more)
+    folder = results / "evaluations" / model / variant / task
+    save(folder / "results.json", content | more)
+    save(folder / "samples.json", {} if each is None else {primary: each})
 
 
 def entry(model: str, variant: str, compression=None, rank=None) -> dict:
@@ -204,7 +211,8 @@ def test_unknown_dtype_is_named():
 def test_prefixes_end_at_a_dot():
     # "up" must not collect the bytes of "up2".
     tensors = {"h.0.up.qweight": tensor("U8", 3), "h.0.up2.qweight": tensor("U8", 5)}
-    assert report.layer_bytes({"tensors": {"f": tensors}}, ["h.0.up"]) == 3
+    found = report.bytes_by_part({"tensors": {"f": tensors}}, ["h.0.up"])
+    assert found == {"weight_bytes": 3, "scale_bytes": 0, "other_bytes": 5}
 
 
 # --- comparisons -------------------------------------------------------------------------
@@ -281,9 +289,42 @@ def test_best_for_size(tmp_path):
     [((0.50, 0.01), (0.52, 0.01), True), ((0.50, 0.01), (0.53, 0.01), False),
      ((0.50, None), (0.50, 0.01), False)],
 )  # fmt: skip
-def test_noise(first, second, noise):
-    a, b = ({"value": value, "stderr": error} for value, error in (first, second))
+def test_noise_without_samples(first, second, noise):
+    a, b = ({"value": value, "stderr": error, "each": None} for value, error in (first, second))
     assert report.is_noise(a, b) is noise
+
+
+def test_answers_are_compared_question_by_question():
+    """By McNemar's exact test: of the questions that one alone gets right."""
+    a = [1.0] * 10 + [0.0] * 2 + [1.0] * 100 + [0.0] * 50
+    b = [0.0] * 10 + [1.0] * 2 + [1.0] * 100 + [0.0] * 50
+    first, second = {"each": a}, {"each": b}
+    exact = stats.binomtest(10, 12).pvalue
+    assert report.p_value(first, second) == pytest.approx(exact, abs=0.015)
+    assert report.p_value(first, first) == 1
+    assert report.is_noise(first, second) is False
+    assert report.p_value(first, {"each": b[1:]}) is None
+
+
+def test_a_small_difference_is_no_noise_if_every_sample_has_it():
+    """Standard errors of either side alone would hide it."""
+    losses = np.linspace(1, 5, 40)
+    a = {"each": losses.tolist(), "value": 3.0, "stderr": 0.19}
+    b = {"each": (losses - 0.01).tolist(), "value": 2.99, "stderr": 0.19}
+    assert not report.is_noise(a, b)
+    assert report.is_noise({**a, "each": None}, {**b, "each": None})
+
+
+def test_an_adapters_p_value_is_against_its_compression(tmp_path):
+    plan = make(tmp_path, USUAL)
+    for variant, each in (("w2g32", [0.0] * 8 + [1.0]), ("w2g32+r8", [1.0] * 8 + [0.0])):
+        evaluation(tmp_path, "tiny", variant, "arc-easy", sum(each) / 9, each)
+    frame = report.build(tmp_path, plan)
+    assert cell(frame, "w2g32+r8", "p_value") == pytest.approx(
+        stats.binomtest(8, 9).pvalue, abs=0.001
+    )
+    assert pd.isna(cell(frame, "w2g32", "p_value"))
+    assert pd.isna(cell(frame, "w2g32+r8", "p_value", "heldout-perplexity"))
 
 
 def test_budgets_are_few_and_end_with_the_largest():
@@ -325,8 +366,13 @@ def test_csv(tmp_path):
         "higher_is_better": "True",
         "samples": "200",
         "bytes": "11168",
+        "weight_bytes": str(LAYERS * 2 * 64 * 4),
+        "scale_bytes": str(LAYERS * (64 * 2 + 4 * 4)),
+        "other_bytes": str(EMBED + LAYERS * (64 * 2 + 32 * 2)),
+        "adapter_bytes": str(RANK8),
         "effective_bits": "8.5625",
         "recovered": rows[4]["recovered"],
+        "p_value": "",
         "cheaper_alternative": "w4g32",
         "seconds": "12.5",
         "peak_memory_bytes": "900000000",

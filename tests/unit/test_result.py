@@ -162,3 +162,13 @@ def test_an_input_may_be_one_folder_of_a_result(tmp_path):
     assert manifest.digest(tmp_path / "in" / "data") == before
     make(tmp_path / "in", "y")
     assert manifest.digest(tmp_path / "in" / "data") != before
+
+
+def test_digest_of_one_file_beside_the_manifest(tmp_path):
+    def digest(content):
+        with Result(tmp_path, "s", {"version": 1}).publish() as out:
+            (out / "known.bin").write_text(content)
+            (out / "known.bin.more").write_text("z")
+        return manifest.digest(tmp_path / "known.bin")
+
+    assert digest("x") == digest("x") != digest("y")

@@ -4,12 +4,15 @@ import ast
 import csv
 import json
 import math
+import sys
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, symmetric
 from eora import (
@@ -191,7 +194,7 @@ def test_low_bit_adapter_is_small_and_loads(pipeline):
         return sum(
             width[e["dtype"]] * e["shape"][0] * e["shape"][1]
             for n, e in entries.items()
-            if not n.endswith("weight_shape")
+            if ".lora_" in n and not n.endswith("weight_shape")
         )
 
     assert stored(4) / stored(16) == pytest.approx(4.5 / 16, rel=0.01)
@@ -200,6 +203,84 @@ def test_low_bit_adapter_is_small_and_loads(pipeline):
     )
     assert sum(isinstance(m, lowrank.LowRankLinear) for m in model.modules()) == 21
     assert torch.isfinite(model(IDS).logits).all()
+
+
+def run_export(pipeline, bits, out, *more):
+    """The export command's exit code and output."""
+    command = [sys.executable, ROOT / "scripts/export.py", adapter(pipeline, bits)]
+    process = pipeline.start(*command, "--out", out, *more)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+def test_an_exported_adapter_carries_what_was_measured(pipeline, tmp_path):
+    out = tmp_path / "exported"
+    assert run_export(pipeline, 16, out)[0] == 0
+    card = (out / "README.md").read_text()
+    ours = [
+        r
+        for r in rows(pipeline)
+        if r["model"] == "tiny" and r["variant"] in ("original", "w2", "w2+eora-r8-16bit")
+    ]
+    for task, metric in (("choice", "acc_norm"), ("text", "perplexity")):
+        line = next(line for line in card.splitlines() if line.startswith(f"| {task} | {metric}"))
+        for row in (r for r in ours if r["task"] == task):
+            assert f"{float(row['value']):.4g} ± {float(row['stderr']):.3g}" in line
+    weights = manifest.load(pipeline.results / "compressed/tiny/w2")["outputs"]
+    assert weights["model/model.safetensors"]["sha256"] in card
+    assert "12 × 24 tokens (documents) of more" in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "peft", "tags": ["eora", "lora"]}  # the model is no hub's
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    plain = loading.load(pipeline.results / "compressed/tiny/w2/model")[0]
+    with torch.inference_mode():
+        theirs = PeftModel.from_pretrained(plain, out)(IDS).logits
+        model = loading.load(
+            pipeline.results / "compressed/tiny/w2/model", adapter(pipeline, 16) / "adapter"
+        )[0]
+        torch.testing.assert_close(theirs, model(IDS).logits)
+    code, output = run_export(pipeline, 16, out)
+    assert code == 1 and "is there already" in output
+
+
+def test_a_merged_checkpoint_is_plain_and_computes_the_same(pipeline, tmp_path):
+    code, output = run_export(pipeline, 4, tmp_path / "merged", "--merged")
+    assert code == 0, output
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(plain.config, "quantization_config")
+    beside = loading.load(
+        pipeline.results / "compressed/tiny/w2/model", adapter(pipeline, 4) / "adapter"
+    )[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(IDS).logits, beside(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_only_adapters_are_exported(pipeline, tmp_path):
+    command = [sys.executable, ROOT / "scripts/export.py", pipeline.results / "compressed/tiny/w2"]
+    process = pipeline.start(*command, "--out", tmp_path / "out")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "is no adapter of the workflow: name one such as" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_is_recommended_for_a_budget(pipeline):
+    command = [sys.executable, ROOT / "scripts/recommend.py", "--config", pipeline.write()]
+    process = pipeline.start(*command, "--task", "text", "--budget", "0.11")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    fits = [
+        r
+        for r in rows(pipeline)
+        if r["model"] == "tiny" and r["task"] == "text" and float(r["bytes"]) <= 110_000
+    ]
+    best = min(fits, key=lambda r: float(r["value"]))
+    tiny, twin = output.split("tiny:")[1].split("twin:")
+    assert f"take {best['variant']}: {float(best['bytes']) / 1e6:,.1f} MB" in tiny
+    assert "take " in twin
+    refused = pipeline.start(*command, "--task", "nothing")
+    output, _ = refused.communicate()
+    assert refused.returncode != 0 and "choice, text" in output
 
 
 def test_manifests_hold_no_path_of_the_machine(pipeline):

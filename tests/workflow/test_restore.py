@@ -1,7 +1,5 @@
 """Early cut-off, really run: what comes out the same is restored, and nothing after it computed."""
 
-import copy
-import hashlib
 import json
 import os
 import re
@@ -12,29 +10,8 @@ import time
 
 import pytest
 
-from conftest import ROOT, failures
+from conftest import ROOT, contents, failures, unsummed
 from eora import manifest, store
-
-
-@pytest.fixture
-def clone(pipeline, tmp_path):
-    """The finished pipeline in a folder of its own, links of the store kept."""
-    folder = tmp_path / "clone"
-    shutil.copytree(pipeline.folder, folder, ignore=shutil.ignore_patterns("results"))
-    done = pipeline.start("cp", "-a", pipeline.results, folder / "results")
-    assert done.wait() == 0
-    made = copy.copy(pipeline)
-    made.folder, made.config = folder, copy.deepcopy(pipeline.config)
-    return made
-
-
-@pytest.fixture
-def small(clone):
-    """The same with one entry of each kind, where much is computed anew."""
-    del clone.config["models"]["twin"], clone.config["compressions"]["w4"]
-    del clone.config["tasks"]["choice"]
-    clone.config["adapters"]["eora"]["ranks"] = [8]
-    return clone
 
 
 def run(clone, *args):
@@ -53,22 +30,6 @@ def run(clone, *args):
 
 def logs(clone):
     return list((clone.results / "logs").rglob("*.log"))
-
-
-def contents(clone):
-    """Digest of every file that is a result, less what a run measures."""
-    return {
-        path.relative_to(clone.results).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in clone.results.rglob("*")
-        if path.is_file()
-        and path.name not in ("results.json", ".snakemake_timestamp", "report.html")
-        and path.relative_to(clone.results).parts[0] not in (store.NAME, "logs", "benchmarks")
-    }
-
-
-def unsummed(files):
-    """Less the table, which changes when models go from the config."""
-    return {name: digest for name, digest in files.items() if name != "summary.csv"}
 
 
 def is_quick(stage):

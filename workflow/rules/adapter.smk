@@ -52,6 +52,7 @@ rule adapter:
     output:
         manifest=made("adapters/{model}/{compression}/{adapter}/r{rank}-16bit"),
         residuals=f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/residuals.json",
+        moments=f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/moments.safetensors",
         adapter=directory(
             f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/adapter"
         ),
@@ -77,11 +78,14 @@ rule adapter:
 
 
 rule quantize_adapter:
-    """Round one rank's adapter to a few bits, group by group, and pack it."""
+    """Round one rank's adapter to a few bits, so that its product stays what it was; pack it."""
     input:
         adapter=made("adapters/{model}/{compression}/{adapter}/r{rank}-16bit"),
         adapter_files=ancient(
             f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/adapter"
+        ),
+        moments=ancient(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/moments.safetensors"
         ),
     output:
         manifest=made("adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit"),
@@ -96,6 +100,7 @@ rule quantize_adapter:
         bits=r"[2348]",
     conda:
         "../../envs/environment.yaml"
+    threads: THREADS
     resources:
         mem_mb=sized("quantize_adapter", "mem_mb"),
         runtime=sized("quantize_adapter", "runtime", least=30),

@@ -1,5 +1,5 @@
 # A model, compressed model or adapter on it, and a task -> metrics.
-# Out: evaluations/{model}/{variant}/{task}/results.json
+# Out: evaluations/{model}/{variant}/{task}/results.json, and what each sample adds to the metrics
 
 
 rule evaluate:
@@ -9,6 +9,7 @@ rule evaluate:
     output:
         manifest=made("evaluations/{model}/{variant}/{task}"),
         results=f"{RESULTS}/evaluations/{{model}}/{{variant}}/{{task}}/results.json",
+        samples=f"{RESULTS}/evaluations/{{model}}/{{variant}}/{{task}}/samples.json",
     log:
         f"{RESULTS}/logs/evaluate/{{model}}/{{variant}}/{{task}}.log",
     benchmark:
