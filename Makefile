@@ -7,7 +7,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env .venv run plan status recommend export clean-orphans prune bench .cache/peer test lint lock clean
+.PHONY: help env .venv run plan status recommend export clean-orphans prune bench .cache/peer test slurm \
+	test-slurm lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -86,6 +87,19 @@ bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=
 
 test: env lint ## lint, then run the tests (ARGS="-k name")
 	$(IN_ENV) pytest --numprocesses auto $(ARGS)
+
+# A real SLURM for the tests that run on it, which are skipped without. Debian's packages start
+# nothing by themselves where no systemd runs.
+slurm: ## install Debian's SLURM, for test-slurm (as root)
+	@type slurmctld slurmd munged >/dev/null 2>&1 || { \
+		[ "$$(id -u)" = 0 ] || { echo "make: SLURM's packages want root to install" >&2; exit 1; }; \
+		command -v apt-get >/dev/null || { echo "make: no apt-get; install SLURM by hand" >&2; exit 1; }; \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+			slurmctld slurmd slurm-client munge; }
+
+test-slurm: env slurm ## run the tests on a real SLURM of one node, started for them
+	$(IN_ENV) pytest tests/slurm $(ARGS)
 
 lint: env ## check style and format of scripts, tests and rules
 	$(IN_ENV) ruff check

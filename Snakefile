@@ -42,6 +42,10 @@ rule all:
         "All that the config asks for"
 
 
+onstart:
+    refuse_doubles()
+
+
 onsuccess:
     print(f"\nThe report: {Path(RESULTS, 'report.html').resolve()}")
     print(f"The table:  {Path(RESULTS, 'summary.csv').resolve()}")

@@ -211,8 +211,8 @@ def failures(output: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
-    """The whole workflow, run once on two tiny random models: every rule, real tools."""
+def unrun(tmp_path_factory) -> Iterator[Pipeline]:
+    """The workflow before it runs: two tiny random models and data, from sources of every kind."""
     folder = tmp_path_factory.mktemp("pipeline")
     sources = folder / "sources"
     make_model(sources / "tiny")
@@ -227,10 +227,15 @@ def pipeline(tmp_path_factory) -> Iterator[Pipeline]:
     with hub(repos) as address:
         home = str(tmp_path_factory.mktemp("hf"))
         env = {"HF_ENDPOINT": address, "HF_HOME": home, **index(folder / "index")}
-        made = Pipeline(folder, tiny_config(sources, wheel), env)
-        done = made.snakemake("--benchmark-extended")  # tells what jobs asked for
-        assert done.returncode == 0, failures(done.stdout, folder)
-        yield made
+        yield Pipeline(folder, tiny_config(sources, wheel), env)
+
+
+@pytest.fixture(scope="session")
+def pipeline(unrun: Pipeline) -> Pipeline:
+    """The whole workflow, run once: every rule, real tools."""
+    done = unrun.snakemake("--benchmark-extended")  # tells what jobs asked for
+    assert done.returncode == 0, failures(done.stdout, unrun.folder)
+    return unrun
 
 
 @pytest.fixture

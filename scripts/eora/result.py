@@ -2,20 +2,67 @@
 
 What a stage makes appears in its folder by renames, the manifest last: its presence means that
 everything it names is whole. A job that dies leaves no manifest, never a half one.
+
+Two copies of one job may live at once: a cluster that lost sight of a node starts the node's jobs
+again elsewhere. Each writes aside under a name of its own, they publish one after the other, and
+the first result stays, as others may be reading it. Locks tell the living from the dead, on every
+node that the folder is mounted on, since they end with the process.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from eora import manifest, store
+
+LOCK = ".lock"  # held while an output folder is changed
+_ALIVE = "alive"  # held by the process that a partial result belongs to
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _locked(file: Path, timeout: float = -1) -> Iterator[bool]:
+    """Hold the lock of a file, which is made if need be.
+
+    Yields:
+        False where the file system has no locks.
+
+    Raises:
+        Timeout: another process holds it. Never with a negative ``timeout``, which waits.
+    """
+    lock = FileLock(file, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.debug("%s cannot be locked: %s", file, error)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether the process that was filling a partial result is known to be gone."""
+    try:
+        with _locked(partial / _ALIVE, timeout=0) as held:
+            return held
+    except (Timeout, FileNotFoundError):  # at work; or it removed its folder just now
+        return False
 
 
 @dataclass(frozen=True)
@@ -83,19 +130,26 @@ class Result:
     @contextmanager
     def _partial(self) -> Iterator[Path]:
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / manifest.NAME).unlink(missing_ok=True)
-        for stray in self.out.glob(".partial-*"):  # left by a job that was killed
-            shutil.rmtree(stray)
-        partial = self.out / f".partial-{os.getpid()}"
-        partial.mkdir()
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        own = self.out / f".partial-{secrets.token_hex(4)}-{os.getpid()}"
+        with ExitStack() as alive:
+            with _locked(self.out / LOCK):
+                (self.out / manifest.NAME).unlink(missing_ok=True)
+                for stray in filter(_abandoned, self.out.glob(".partial-*")):
+                    shutil.rmtree(stray, ignore_errors=True)
+                alive.callback(shutil.rmtree, own, ignore_errors=True)
+                (own / "result").mkdir(parents=True)
+                alive.enter_context(_locked(own / _ALIVE))
+            yield own / "result"
 
     def _move(self, partial: Path) -> None:
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == manifest.NAME):
-            target = self.out / path.name
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
-            path.replace(target)
+        with _locked(self.out / LOCK):
+            if (self.out / manifest.NAME).exists():
+                _log.warning(
+                    "Another copy of this job was faster; its result in %s stays.", self.out
+                )
+                return
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == manifest.NAME):
+                target = self.out / path.name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                path.replace(target)

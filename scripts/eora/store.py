@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def _whole(entry: Path) -> bool:
 
 def _discard(entry: Path) -> None:
     """Remove an entry; from the first moment nobody finds it half."""
-    grave = entry.with_name(f".gone-{os.getpid()}-{entry.name}")
+    grave = entry.with_name(f".gone-{secrets.token_hex(4)}-{entry.name}")
     entry.replace(grave)
     shutil.rmtree(grave)
 
@@ -100,7 +101,7 @@ def keep(store: Path, recipe: dict[str, Any], folder: Path, skip: tuple[str, ...
     not to be trusted), the newer one takes its place.
     """
     entry = _entry(store, recipe)
-    partial = entry.with_name(f".partial-{os.getpid()}-{entry.name}")
+    partial = entry.with_name(f".partial-{secrets.token_hex(4)}-{entry.name}")
     try:
         partial.mkdir(parents=True)
         _link(folder, partial, skip)

@@ -1,9 +1,14 @@
 """Results: the same content gives the same manifest, and nothing half-made looks whole."""
 
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 
 import pytest
 
+from conftest import ROOT
 from eora import manifest
 from eora.result import Result
 
@@ -45,6 +50,79 @@ def test_what_a_killed_job_left_is_cleared(tmp_path):
     (tmp_path / ".partial-1" / "big").write_text("half")
     make(tmp_path)
     assert not (tmp_path / ".partial-1").exists()
+
+
+# Makes results with files "a" and "b" of one text, each when it reads a line or the end of input.
+TWIN = """
+import sys
+from pathlib import Path
+from eora.result import Result
+out, rounds, text = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+for _ in range(rounds):
+    with Result(out, "s", {"version": 1}).publish() as partial:
+        for name in "ab":
+            (partial / name).mkdir()
+            (partial / name / "file").write_text(text)
+        print("begun", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def twin(out, rounds, text):
+    return subprocess.Popen(
+        [sys.executable, "-c", TWIN, out, str(rounds), text],
+        env={"PYTHONPATH": str(ROOT / "scripts")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_copy_of_a_job_leaves_alone_what_the_other_is_filling(tmp_path):
+    first = twin(tmp_path, 1, "first")
+    assert first.stdout.readline() == "begun\n"
+    (partial,) = tmp_path.glob(".partial-*")
+    make(tmp_path)
+    assert (partial / "result/a/file").read_text() == "first"
+    first.kill()
+    first.wait()
+    make(tmp_path)
+    assert not partial.exists()
+
+
+def test_of_two_copies_the_one_that_ends_first_is_kept(tmp_path):
+    late = twin(tmp_path, 1, "late")
+    assert late.stdout.readline() == "begun\n"
+    sealed = make(tmp_path, "early")
+    late.communicate()
+    assert late.returncode == 0
+    assert (tmp_path / manifest.NAME).read_bytes() == sealed
+    assert not (tmp_path / "a").exists() and not list(tmp_path.glob(".partial-*"))
+
+
+def test_copies_that_end_together_leave_one_whole_result(tmp_path):
+    twins = [twin(tmp_path, 150, text) for text in ("one", "other")]
+    for process in twins:
+        process.stdin.close()
+    assert [process.wait() for process in twins] == [0, 0]
+    outputs = manifest.load(tmp_path)["outputs"]
+    texts = {(tmp_path / name / "file").read_text() for name in "ab"}
+    assert len(texts) == 1
+    for name, told in outputs.items():
+        assert manifest.sha256(tmp_path / name) == told["sha256"]
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    """Who lives cannot be told there: what others were filling stays."""
+    (tmp_path / ".partial-1").mkdir()
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    make(tmp_path)
+    assert (tmp_path / "data/file.txt").read_text() == "x"
+    assert (tmp_path / ".partial-1").exists()
 
 
 def test_an_older_folder_is_replaced_whole(tmp_path):

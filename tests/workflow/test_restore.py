@@ -121,7 +121,7 @@ def test_a_killed_shard_restarts_at_that_shard(small, done):
     while not (partial := list(shard.glob(".partial-*"))):
         assert process.poll() is None, process.communicate()[0]
     shard_job = int(partial[0].name.rpartition("-")[2])
-    while not (partial[0] / "moments" / done).exists():  # a millisecond at a time
+    while not (partial[0] / "result/moments" / done).exists():  # a millisecond at a time
         os.kill(shard_job, signal.SIGCONT)
         time.sleep(0.001)
         os.kill(shard_job, signal.SIGSTOP)

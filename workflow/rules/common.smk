@@ -8,11 +8,14 @@
 import math
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir, "scripts")))
+
+from snakemake.exceptions import WorkflowError
 
 from eora import config as cfg
 from eora import manifest as mf
@@ -139,6 +142,23 @@ def sized(stage, resource, least=0):
         return math.ceil(max(first[resource], least) * (1 + attempt) / 2)
 
     return amount
+
+
+def refuse_doubles():
+    """Stop where SLURM still has jobs of an earlier run that was killed, not to run them twice."""
+    if workflow.local_exec or shutil.which("squeue") is None:
+        return
+    asked = ["squeue", "--me", "--noheader", "--format=%i|%T|%k|%Z"]
+    told = subprocess.run(asked, capture_output=True, text=True).stdout
+    jobs = [line.split("|", 3) for line in told.splitlines()]
+    alive = [job for job in jobs if Path(job[-1]) == Path(workflow.workdir_init)]
+    if alive:
+        listed = "\n".join(f"  {number} {state} {rule}" for number, state, rule, _ in alive)
+        raise WorkflowError(
+            f"SLURM still has jobs of an earlier run in this folder:\n{listed}\n"
+            "Wait until they have ended, and run again: what they make is kept. Or cancel them:"
+            f" scancel {' '.join(job[0] for job in alive)}"
+        )
 
 
 # --- covariance.smk ---
