@@ -249,7 +249,7 @@ def refused(capfd, out, script, *args, params=None):
     assert code == 1, shown
     assert len(re.findall(r"^Error: |Traceback", shown, re.MULTILINE)) == 1, shown
     left = [p.name for p in out.iterdir()] if out.is_dir() else []
-    assert not set(left) - {"cache"}, left
+    assert not set(left) - {"cache", ".lock"}, left
     return shown[shown.index("Error: ") :]
 
 
