@@ -150,8 +150,8 @@ class Cluster:
             os.kill(int(pid), signal.SIGKILL)
         run("scontrol", "update", f"NodeName={self.host}", "State=DOWN", "Reason=lost")
         until(self.up, "the node's return")
-        # Queued again, it would wait two minutes.
-        run("scontrol", "update", f"JobId={job['JobId']}", "StartTime=now")
+        # Queued again it waits two minutes. It may not start in the second in which it was lost.
+        run("scontrol", "update", f"JobId={job['JobId']}", "StartTime=now+3")
 
     def up(self) -> bool:
         """Whether jobs can start."""
