@@ -171,12 +171,14 @@ def merge(source: Source, out: Path, trust_remote_code: bool = False) -> None:
     It is as large as the original, and for runtimes that know nothing else. The whole model is in
     host memory at once.
     """
+    from transformers import AutoConfig
+
     from eora import loading
 
+    folder = source.compressed / "model"
     model, tokenizer = loading.load(
-        source.compressed / "model",
-        source.adapter / "adapter",
-        trust_remote_code=trust_remote_code,
+        folder, source.adapter / "adapter", trust_remote_code=trust_remote_code
     )
-    loading.merged(model).save_pretrained(out)
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+    loading.merged(model).to(stored).save_pretrained(out)
     tokenizer.save_pretrained(out)

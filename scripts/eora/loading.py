@@ -42,6 +42,12 @@ def forget_quantization(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """What a checkpoint of this dtype is run in: its own, but float32 for float16 on a CPU, which
+    has no units for it and takes many times as long."""
+    return torch.float32 if device == "cpu" and stored == torch.float16 else stored
+
+
 def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
     for name, layer in list(model.named_modules()):
@@ -64,7 +70,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, in evaluation mode and the checkpoint's dtype.
+    """A causal language model and its tokenizer, in evaluation mode, in :func:`evaluation_dtype`.
 
     Packed layers stay packed on CUDA. On a CPU they are dequantized once, as AutoRound's packed
     kernels are many times slower there than plain ones.
@@ -79,17 +85,18 @@ def load(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     packed = getattr(config, "quantization_config", None) is not None
     dense = packed and device == "cpu"
+    dtype = evaluation_dtype(config.dtype, device)
     with kept_conversions(config.model_type):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             quantization_config=portable_quantization(config) if dense else None,
-            dtype=config.dtype,
+            dtype=config.dtype if packed else dtype,
             device_map={"": device},
             trust_remote_code=trust_remote_code,
         )
     if dense:
-        model = _densify(model, config.dtype)
+        model = _densify(model, dtype)
     if adapter is not None:
         attach(model, Path(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -33,6 +33,16 @@ def test_one_window_has_no_standard_error(tiny_model):
     assert judged.metrics["perplexity"]["stderr"] is None
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_cpu_runs_float16_as_float32(tiny_model, tmp_path, stored):
+    model, tokenizer = loading.load(tiny_model)
+    model.to(stored).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = loading.load(tmp_path)
+    assert loaded.dtype == (torch.float32 if stored == torch.float16 else stored)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(loaded.dtype))
+
+
 def test_the_usual_metric_is_the_primary_one():
     assert evaluation.primary({"acc": {}, "acc_norm": {}}) == "acc_norm"
     assert evaluation.primary({"f1": {}, "acc": {}}) == "acc"
