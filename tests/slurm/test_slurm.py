@@ -145,7 +145,7 @@ def forget(made, *folders):
 def frozen(made, folder):
     """Wait until a process fills a result's folder, and stop it right there."""
     partials = (made.results / folder).glob
-    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}", 120)
+    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}")
     pid = int(partial.name.rpartition("-")[2])
     os.kill(pid, signal.SIGSTOP)
     return pid
@@ -196,7 +196,7 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     slurm, whole, hanging, again, local
 ):
     """One decomposition is cancelled; an evaluation gets too little memory, and then more."""
-    little = ["--set-resources", "evaluate:mem_mb=100+350*attempt"]
+    little = ["--set-resources", "evaluate:mem_mb=550*attempt-300"]
     with again.going(*little, *forget(again, *SHARDS, JUDGED)) as snakemake:
         pids = [frozen(again, folder) for folder in SHARDS]
         jobs = running(slurm, again, "decompose")
@@ -209,7 +209,7 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     states = [state for state, _, _ in history(slurm, again, "decompose")]
     assert sorted(states) == ["CANCELLED", "COMPLETED", "COMPLETED"]
     first, second = history(slurm, again, "evaluate")
-    assert first == ("FAILED", "450M", "00:30:00") and second == ("COMPLETED", "800M", "00:45:00")
+    assert first == ("FAILED", "250M", "00:30:00") and second == ("COMPLETED", "800M", "00:45:00")
     logs = (again.folder / ".snakemake/slurm_logs/rule_evaluate").rglob("*.log")
     assert any("exceeded memory limit" in log.read_text() for log in logs)
     for folder in (*SHARDS, JUDGED):
@@ -299,7 +299,7 @@ def test_a_lost_node_leaves_a_copy_of_the_job_alive_and_results_are_whole(
         with FileLock(again.results / folder / LOCK):  # neither begins or publishes meanwhile
             os.kill(first, signal.SIGCONT)
             slurm.lose(job)
-            until(lambda: len(copies(again, "decompose.py")) == 2, "a second copy", 120)
+            until(lambda: len(copies(again, "decompose.py")) == 2, "a second copy")
         snakemake.end()
     until(lambda: not copies(again, "decompose.py"), "the end of both copies")
     (job,) = slurm.jobs(again.folder)
