@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "setpriv")
 # The executor takes variables that name another folder (SLURM_CONF) from its jobs.
 ETC = Path("/etc/slurm")
 FILES = ("slurm.conf", "gres.conf")
@@ -135,9 +135,10 @@ class Cluster:
         return records(file.read_text()) if file.exists() else []
 
     def spawn(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a daemon in the foreground, so that it is ours to stop."""
+        """Start a daemon in the foreground: ours to stop, and it stops when the tests are killed."""
+        bound = ("setpriv", "--pdeathsig", "TERM", *command)
         with (self.folder / f"{command[0]}.out").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(bound, stdout=log, stderr=log, start_new_session=True)
 
     def lose(self, job: dict[str, str]) -> None:
         """Lose sight of a job that lives on, as when its node's network fails, and queue it again.
