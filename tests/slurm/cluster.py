@@ -135,7 +135,7 @@ class Cluster:
         return records(file.read_text()) if file.exists() else []
 
     def spawn(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a daemon in the foreground: ours to stop, and it stops when the tests are killed."""
+        """Start a daemon in the foreground: ours to stop, and it ends if the tests are killed."""
         bound = ("setpriv", "--pdeathsig", "TERM", *command)
         with (self.folder / f"{command[0]}.out").open("ab") as log:
             return subprocess.Popen(bound, stdout=log, stderr=log, start_new_session=True)
