@@ -473,7 +473,7 @@ def test_quantized_decomposed_and_judged(folders, samples, family, tmp_path):
         ]
     assert errors[1] < 0.85 * errors[0] and errors[2] < 0.85 * errors[0]
     model, _ = loading.load(compressed, tmp_path / "r4")
-    assert evaluation.perplexity(model, ids, 2)["perplexity"]["value"] > 1
+    assert evaluation.perplexity(model, ids, 2).metrics["perplexity"]["value"] > 1
     # The packed layers that are streamed are those that transformers loads.
     whole, _ = loading.load(compressed)
     stream = streaming.BlockStream(compressed, "cpu")
