@@ -10,21 +10,18 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import cluster
-import psutil
 import pytest
 from cluster import live, run, until
-from filelock import FileLock
 
 from conftest import ROOT, Pipeline, failures
 from eora import config as cfg
 from eora import manifest, plan, shapes, stages
-from eora.result import LOCK
 
 GPU = {"compress", "covariance", "decompose", "evaluate"}
 CPU = {"tokenize", "adapter", "quantize_adapter"}
@@ -145,7 +142,7 @@ def forget(made, *folders):
 def frozen(made, folder):
     """Wait until a process fills a result's folder, and stop it right there."""
     partials = (made.results / folder).glob
-    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}", 120)
+    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}")
     pid = int(partial.name.rpartition("-")[2])
     os.kill(pid, signal.SIGSTOP)
     return pid
@@ -155,18 +152,6 @@ def running(slurm, made, name):
     """The running SLURM jobs of a rule, in the order of their submission."""
     jobs = [j for j in slurm.jobs(made.folder) if j["JobState"] == "RUNNING" and rule(j) == name]
     return sorted(jobs, key=lambda job: int(job["JobId"]))
-
-
-def copies(made, script):
-    """Processes that run a script in a folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        command = process.info["cmdline"] or []
-        if process.info["cwd"] == str(made.folder) and script in (
-            Path(word).name for word in command[1:2]
-        ):
-            found.append(process)
-    return found
 
 
 def history(slurm, made, name):
@@ -196,7 +181,7 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     slurm, whole, hanging, again, local
 ):
     """One decomposition is cancelled; an evaluation gets too little memory, and then more."""
-    little = ["--set-resources", "evaluate:mem_mb=100+350*attempt"]
+    little = ["--set-resources", "evaluate:mem_mb=550*attempt-300"]
     with again.going(*little, *forget(again, *SHARDS, JUDGED)) as snakemake:
         pids = [frozen(again, folder) for folder in SHARDS]
         jobs = running(slurm, again, "decompose")
@@ -209,7 +194,7 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     states = [state for state, _, _ in history(slurm, again, "decompose")]
     assert sorted(states) == ["CANCELLED", "COMPLETED", "COMPLETED"]
     first, second = history(slurm, again, "evaluate")
-    assert first == ("FAILED", "450M", "00:30:00") and second == ("COMPLETED", "800M", "00:45:00")
+    assert first == ("FAILED", "250M", "00:30:00") and second == ("COMPLETED", "800M", "00:45:00")
     logs = (again.folder / ".snakemake/slurm_logs/rule_evaluate").rglob("*.log")
     assert any("exceeded memory limit" in log.read_text() for log in logs)
     for folder in (*SHARDS, JUDGED):
@@ -288,20 +273,15 @@ def test_a_job_that_hung_beyond_its_time_is_made_up_for(slurm, hanging, local):
     assert sealed(JUDGED, made.results) == sealed(JUDGED, local.results)
 
 
-def test_a_lost_node_leaves_a_copy_of_the_job_alive_and_results_are_whole(
-    slurm, finished, hanging, again, local
-):
-    """SLURM loses sight of a job that lives on, and starts it again: one result is published."""
+def test_a_job_of_a_lost_node_is_queued_again(slurm, finished, hanging, again, local):
+    """SLURM loses sight of it in the middle of its work; what lives on of it does no harm."""
     folder = SHARDS[0]
     with again.going(*forget(again, folder)) as snakemake:
         first = frozen(again, folder)
-        (job,) = running(slurm, again, "decompose")
-        with FileLock(again.results / folder / LOCK):  # neither begins or publishes meanwhile
+        slurm.lose(*running(slurm, again, "decompose"))
+        with suppress(ProcessLookupError):
             os.kill(first, signal.SIGCONT)
-            slurm.lose(job)
-            until(lambda: len(copies(again, "decompose.py")) == 2, "a second copy", 120)
         snakemake.end()
-    until(lambda: not copies(again, "decompose.py"), "the end of both copies")
-    (job,) = slurm.jobs(again.folder)
+    (job,) = (job for job in slurm.jobs(again.folder) if rule(job) == "decompose")
     assert job["Restarts"] == "1" and job["JobState"] == "COMPLETED"
     assert sealed(folder, again.results) == sealed(folder, local.results)

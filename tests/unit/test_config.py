@@ -97,7 +97,11 @@ MISTAKES = {
     "odd bits": ("compressions.w2.bits", 5, "5 is none of 2, 3, 4, 8; bits a weight"),
     "endless bits": ("compressions.w2.bits", float("inf"), ".inf is none of 2, 3, 4, 8; bits a"),
     "odd choice": ("adapters.e.method", "EoRA", "EoRA is none of eora, diagonal, svd; metric"),
-    "odd device": ("runtime", {"device": "gpu"}, "runtime.device: gpu does not fit; auto (a free CUDA"),
+    "odd device": (
+        "runtime",
+        {"device": "gpu"},
+        "runtime.device: gpu does not fit; auto (a free CUDA",
+    ),
     "odd repository": ("models.m.hub", "a b", "a b does not fit; hub repository, owner/name"),
     "no ranks": ("adapters.e.ranks", [], "[] should be non-empty; ranks to make"),
     "one rank twice": ("adapters.e.ranks", [4, 4], "non-unique elements; ranks to make"),
