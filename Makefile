@@ -85,8 +85,8 @@ PEER = $(if $(findstring --without-peer,$(ARGS)),,$(if $(findstring --only,$(ARG
 bench: env $(if $(PEER),.cache/peer) ## measure against others and limits (ARGS=--without-peer)
 	$(IN_ENV) python benchmarks/run.py $(ARGS)
 
-test: env lint ## lint, then run the tests (ARGS="-k name")
-	$(IN_ENV) pytest --numprocesses auto $(ARGS)
+test: env lint ## lint, then run the tests but those on SLURM (ARGS="-k name")
+	$(IN_ENV) pytest --numprocesses auto --ignore tests/slurm $(ARGS)
 
 # A real SLURM for the tests that run on it, which are skipped without. Debian's packages start
 # nothing by themselves where no systemd runs.

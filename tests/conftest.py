@@ -27,12 +27,12 @@ ROOT = Path(__file__).parent.parent
 
 
 class Scheduling(LoadScopeScheduling):
-    """Files of unit tests go to whichever worker is free; of other tests a folder's stay together,
-    as they share one run of the workflow, which each worker has to do again."""
+    """Files of unit tests go to whichever worker is free; all others stay together, as they share
+    one run of the workflow, which each worker would have to repeat."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.partition("::")[0])
-        return str(file if file.parent.name == "unit" else file.parent)
+        file = nodeid.partition("::")[0]
+        return file if "unit/" in file else "workflow"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
