@@ -302,6 +302,7 @@ def test_answers_are_compared_question_by_question():
     exact = stats.binomtest(10, 12).pvalue
     assert report.p_value(first, second) == pytest.approx(exact, abs=0.015)
     assert report.p_value(first, first) == 1
+    assert report.p_value(first, {"each": [0.0, *a[1:]]}) == 1
     assert report.is_noise(first, second) is False
     assert report.p_value(first, {"each": b[1:]}) is None
 
