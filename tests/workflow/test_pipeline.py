@@ -252,7 +252,9 @@ def test_a_merged_checkpoint_is_plain_and_computes_the_same(pipeline, tmp_path):
         pipeline.results / "compressed/tiny/w2/model", adapter(pipeline, 4) / "adapter"
     )[0]
     with torch.inference_mode():
-        torch.testing.assert_close(plain(IDS).logits, beside(IDS).logits, rtol=1e-4, atol=1e-4)
+        wanted = beside(IDS).logits
+        left = (plain.float()(IDS).logits - wanted).norm() / wanted.norm()
+    assert left < 0.01  # the sum's rounding to what the checkpoint is stored in
 
 
 def test_only_adapters_are_exported(pipeline, tmp_path):
