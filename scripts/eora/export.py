@@ -116,14 +116,20 @@ def _scores(source: Source) -> Iterator[dict[str, Any]]:
         yield {"task": folder.name, "metric": metric, "shown": shown}
 
 
-def _bytes(made: manifest.Manifest, ending: str) -> int:
-    return sum(e["bytes"] for name, e in made["outputs"].items() if name.endswith(ending))
+def _weights(made: manifest.Manifest, folder: str) -> dict[str, dict[str, Any]]:
+    """Name -> {sha256, bytes} of the safetensors files in one folder of a stage's result."""
+    files = {Path(name): entry for name, entry in made["outputs"].items()}
+    return {
+        path.name: entry
+        for path, entry in files.items()
+        if path.parts[0] == folder and path.suffix == ".safetensors"
+    }
 
 
 def facts(source: Source) -> dict[str, Any]:
     """What an adapter's card tells."""
     adapter, compressed = manifest.load(source.adapter), manifest.load(source.compressed)
-    weights = {n: e for n, e in compressed["outputs"].items() if n.endswith(".safetensors")}
+    weights = _weights(compressed, "model")
     method, calibration, dataset = _fitted_on(source)
     licences = sorted(path.name for path in (source.original / "model").glob("LICENSE*"))
     return {
@@ -135,9 +141,9 @@ def facts(source: Source) -> dict[str, Any]:
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,
         "compression": {k: compressed["params"][k] for k in _COMPRESSION},
-        "weights": {Path(name).name: entry["sha256"] for name, entry in weights.items()},
-        "bytes": _bytes(adapter, ".safetensors"),
-        "base_bytes": _bytes(compressed, ".safetensors"),
+        "weights": {name: entry["sha256"] for name, entry in weights.items()},
+        "bytes": sum(entry["bytes"] for entry in _weights(adapter, "adapter").values()),
+        "base_bytes": sum(entry["bytes"] for entry in weights.values()),
         "calibration": {"samples": "?", "seqlen": "?", "layout": "?"} | calibration,
         "dataset": dataset,
         "tools": compressed["tools"] | adapter["tools"],

@@ -229,6 +229,8 @@ def test_an_exported_adapter_carries_what_was_measured(pipeline, tmp_path):
     weights = manifest.load(pipeline.results / "compressed/tiny/w2")["outputs"]
     assert weights["model/model.safetensors"]["sha256"] in card
     assert "12 × 24 tokens (documents) of more" in card
+    size = (out / "adapter_model.safetensors").stat().st_size
+    assert f"16 bits, {size:,} bytes beside" in card
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "peft", "tags": ["eora", "lora"]}  # the model is no hub's
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
