@@ -31,12 +31,11 @@ def main(
     cli.setup()
     wanted = commands.load_config(config)
     if budget is not None and recover is not None:
-        raise typer.BadParameter("give --budget or --recover, not both")
+        raise Mistake("--budget and --recover: give one of them")
     unknown = set(task or ()) - set(wanted["tasks"])
     if unknown:
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}: {config} has {', '.join(wanted['tasks'])}",
-            param_hint="--task",
+        raise Mistake(
+            f"--task: {config} has no {', '.join(sorted(unknown))}; it has {', '.join(wanted['tasks'])}"
         )
     from eora import recommendation as rec
     from eora import report
