@@ -35,7 +35,8 @@ def main(
     unknown = set(task or ()) - set(wanted["tasks"])
     if unknown:
         raise Mistake(
-            f"--task: {config} has no {', '.join(sorted(unknown))}; it has {', '.join(wanted['tasks'])}"
+            f"--task: {config} has no {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(wanted['tasks'])}"
         )
     from eora import recommendation as rec
     from eora import report
