@@ -25,6 +25,10 @@ from local_sources import COMMIT, data_wheel, hub, index
 
 ROOT = Path(__file__).parent.parent
 
+# Each start of snakemake asks SLURM, where it is installed, for its settings, and waits ten seconds
+# for one that does not answer. Tests that run on one take this back.
+os.environ["SLURM_CONF"] = os.devnull
+
 
 class Scheduling(LoadScopeScheduling):
     """Files of unit tests go to whichever worker is free; all others stay together, as they share

@@ -182,6 +182,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     ETC.mkdir(exist_ok=True)
+    os.environ.pop("SLURM_CONF", None)
     texts = (CONF, GRES)
     with ExitStack() as stack:
         for name, text in zip(FILES, texts, strict=True):
