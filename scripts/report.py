@@ -1,4 +1,4 @@
-"""Write summary.csv and report.html from all results."""
+"""Write summary.csv, summary.json and report.html from all results."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Turn manifests and evaluation results into one table, one CSV file and one HTML page.
+"""Turn manifests and evaluation results into one table (CSV and JSON) and one HTML page.
 
 Everything here is a function from rows to text: nothing is measured again, and the same
 inputs give the same bytes. Sizes are in bytes, times in seconds, shares in parts of one.
@@ -1173,6 +1173,11 @@ def to_csv(frame: pd.DataFrame) -> str:
     return shown.to_csv(index=False, lineterminator="\n")
 
 
+def to_json(frame: pd.DataFrame) -> str:
+    """The same rows as a JSON list; what is missing or no finite number is null."""
+    return frame[CSV_COLUMNS].to_json(orient="records", indent=1, double_precision=15) + "\n"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
     # Not from `tempfile`: its files are private, and others may read a report.
@@ -1185,9 +1190,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write(frame: pd.DataFrame, plan: Mapping[str, Any], out_dir: Path) -> None:
-    """Write `summary.csv` and `report.html` into `out_dir`."""
+    """Write `summary.csv`, `summary.json` and `report.html` into `out_dir`."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    csv, page = to_csv(frame), render(frame, plan)
-    write_text(out_dir / "summary.csv", csv)
-    write_text(out_dir / "report.html", page)
+    texts = {
+        "summary.csv": to_csv(frame),
+        "summary.json": to_json(frame),
+        "report.html": render(frame, plan),
+    }
+    for name, text in texts.items():
+        write_text(out_dir / name, text)

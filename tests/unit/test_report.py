@@ -155,7 +155,7 @@ def page(results: Path, plan: dict) -> str:
 
 def text_of(html: str) -> str:
     """What a reader sees, with single spaces."""
-    body = re.sub(r"<style>.*?</style>|<wbr>", "", html, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)>.*?</\1>|<wbr>", "", html, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", body))
 
 
@@ -380,11 +380,16 @@ def test_csv(tmp_path):
         "device": "cpu",
     }
     assert rows[1]["stderr"] == rows[1]["rank"] == rows[1]["recovered"] == ""
+    same = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert [list(row) for row in same] == [report.CSV_COLUMNS] * len(rows)
+    assert same[4]["recovered"] == pytest.approx(float(rows[4]["recovered"]), rel=1e-12)
+    assert same[4]["bytes"] == 11168 and same[4]["higher_is_better"] is True
+    assert same[1]["rank"] is None
 
 
 def test_remake_is_byte_identical(tmp_path):
     plan = make(tmp_path, USUAL)
-    names = ["report.html", "summary.csv"]
+    names = ["report.html", "summary.csv", "summary.json"]
     report.write(report.build(tmp_path, plan), plan, tmp_path / "a")
     report.write(report.build(tmp_path, plan), plan, tmp_path / "b" / "c")
     for name in names:
@@ -470,7 +475,7 @@ def test_names_are_escaped(tmp_path):
     variants = [v | {"model": nasty} for v in plan["variants"]]
     calibrations = {"<i>": {"dataset": "<script>alert(1)</script>"}}
     html = page(tmp_path, plan | {"variants": variants, "calibrations": calibrations})
-    assert "<b>" not in html and "<i>" not in html and "<script" not in html
+    assert "<b>" not in html and "<i>" not in html and "<script>alert" not in html
     assert "&lt;b&gt;&amp;&#34;&#39;$x$" in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 

@@ -1,4 +1,4 @@
-# All results -> summary.csv and report.html.
+# All results -> summary.csv, the same as summary.json, and report.html.
 
 
 localrules:
@@ -12,6 +12,7 @@ rule report:
         weighed=[made(folder) for folder in weighed()],
     output:
         table=report(f"{RESULTS}/summary.csv", caption="../report/summary.rst", category="Results"),
+        rows=f"{RESULTS}/summary.json",
         page=report(f"{RESULTS}/report.html", caption="../report/report.rst", category="Results"),
     log:
         f"{RESULTS}/logs/report.log",
