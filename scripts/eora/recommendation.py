@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from eora import report
+from eora.report.comparing import linear
 
 Curve = NDArray[np.float64]  # entry r: mean relative output error at rank r; descending from 1
 
@@ -66,8 +66,8 @@ def scores(frame: pd.DataFrame, tasks: Iterable[str]) -> dict[str, float]:
     for task in tasks:
         rows = frame[frame["task"] == task]
         sign = np.where(rows["higher_is_better"], 1, -1)
-        linear = [report.linear(v, m) for v, m in zip(rows["value"], rows["metric"], strict=True)]
-        value = pd.Series(sign * linear, index=rows["variant"])
+        scale = [linear(v, m) for v, m in zip(rows["value"], rows["metric"], strict=True)]
+        value = pd.Series(sign * scale, index=rows["variant"])
         plain = rows[rows["adapter"].isna()]
         original = value[plain[plain["compression"].isna()]["variant"]]
         worst = value[plain[plain["compression"].notna()]["variant"]].min()

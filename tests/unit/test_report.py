@@ -13,6 +13,9 @@ import pytest
 from scipy import stats
 
 from eora import report
+from eora.report import comparing, figures, reading, verdict
+from eora.report import page as pages
+from eora.report import words as show
 
 LAYERS = 2
 PLAN = {
@@ -200,18 +203,18 @@ def test_effective_bits_are_exact(tmp_path):
     [("F32", [3, 5], 60), ("BF16", [7], 14), ("I64", [], 8), ("F4", [3], 2), ("U8", [0], 0)],
 )
 def test_tensor_bytes(dtype, shape, size):
-    assert report.tensor_bytes({"dtype": dtype, "shape": shape}) == size
+    assert reading.tensor_bytes({"dtype": dtype, "shape": shape}) == size
 
 
 def test_unknown_dtype_is_named():
     with pytest.raises(ValueError, match="Q7"):
-        report.tensor_bytes({"dtype": "Q7", "shape": [1]})
+        reading.tensor_bytes({"dtype": "Q7", "shape": [1]})
 
 
 def test_prefixes_end_at_a_dot():
     # "up" must not collect the bytes of "up2".
     tensors = {"h.0.up.qweight": tensor("U8", 3), "h.0.up2.qweight": tensor("U8", 5)}
-    found = report.bytes_by_part({"tensors": {"f": tensors}}, ["h.0.up"])
+    found = reading.bytes_by_part({"tensors": {"f": tensors}}, ["h.0.up"])
     assert found == {"weight_bytes": 3, "scale_bytes": 0, "other_bytes": 5}
 
 
@@ -240,7 +243,7 @@ def test_recovered(tmp_path):
     ],
 )
 def test_recovered_share(original, compressed, adapted, share):
-    found = report.recovered_share(original, compressed, adapted, "acc", True)
+    found = comparing.recovered_share(original, compressed, adapted, "acc", True)
     assert found == (None if share is None else pytest.approx(share))
 
 
@@ -291,7 +294,7 @@ def test_best_for_size(tmp_path):
 )  # fmt: skip
 def test_noise_without_samples(first, second, noise):
     a, b = ({"value": value, "stderr": error, "each": None} for value, error in (first, second))
-    assert report.is_noise(a, b) is noise
+    assert comparing.is_noise(a, b) is noise
 
 
 def test_answers_are_compared_question_by_question():
@@ -300,11 +303,11 @@ def test_answers_are_compared_question_by_question():
     b = [0.0] * 10 + [1.0] * 2 + [1.0] * 100 + [0.0] * 50
     first, second = {"each": a}, {"each": b}
     exact = stats.binomtest(10, 12).pvalue
-    assert report.p_value(first, second) == pytest.approx(exact, abs=0.015)
-    assert report.p_value(first, first) == 1
-    assert report.p_value(first, {"each": [0.0, *a[1:]]}) == 1
-    assert report.is_noise(first, second) is False
-    assert report.p_value(first, {"each": b[1:]}) is None
+    assert comparing.p_value(first, second) == pytest.approx(exact, abs=0.015)
+    assert comparing.p_value(first, first) == 1
+    assert comparing.p_value(first, {"each": [0.0, *a[1:]]}) == 1
+    assert comparing.is_noise(first, second) is False
+    assert comparing.p_value(first, {"each": b[1:]}) is None
 
 
 def test_a_small_difference_is_no_noise_if_every_sample_has_it():
@@ -312,8 +315,8 @@ def test_a_small_difference_is_no_noise_if_every_sample_has_it():
     losses = np.linspace(1, 5, 40)
     a = {"each": losses.tolist(), "value": 3.0, "stderr": 0.19}
     b = {"each": (losses - 0.01).tolist(), "value": 2.99, "stderr": 0.19}
-    assert not report.is_noise(a, b)
-    assert report.is_noise({**a, "each": None}, {**b, "each": None})
+    assert not comparing.is_noise(a, b)
+    assert comparing.is_noise({**a, "each": None}, {**b, "each": None})
 
 
 def test_an_adapters_p_value_is_against_its_compression(tmp_path):
@@ -334,8 +337,8 @@ def test_budgets_are_few_and_end_with_the_largest():
         | {"bytes": 1_000_003 + 70_001 * i, "value": i / 50, "higher_is_better": True}
         for i in range(41)
     ]
-    found = report.budgets(rows)
-    assert len(found) <= report.MOST_BUDGETS
+    found = verdict.budgets(rows)
+    assert len(found) <= verdict.MOST_BUDGETS
     assert found[0] >= rows[0]["bytes"]
     assert found[-1] == rows[-1]["bytes"]
 
@@ -348,7 +351,7 @@ def test_csv(tmp_path):
     report.write(report.build(tmp_path, plan), plan, tmp_path / "out")
     with (tmp_path / "out" / "summary.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == report.CSV_COLUMNS
+    assert list(rows[0]) == comparing.CSV_COLUMNS
     assert len(rows) == len(USUAL) * len(PLAN["tasks"])
     assert rows[4] == {
         "model": "tiny",
@@ -381,7 +384,7 @@ def test_csv(tmp_path):
     }
     assert rows[1]["stderr"] == rows[1]["rank"] == rows[1]["recovered"] == ""
     same = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
-    assert [list(row) for row in same] == [report.CSV_COLUMNS] * len(rows)
+    assert [list(row) for row in same] == [comparing.CSV_COLUMNS] * len(rows)
     assert same[4]["recovered"] == pytest.approx(float(rows[4]["recovered"]), rel=1e-12)
     assert same[4]["bytes"] == 11168 and same[4]["higher_is_better"] is True
     assert same[1]["rank"] is None
@@ -401,7 +404,7 @@ def test_remake_is_byte_identical(tmp_path):
 def test_figures_bear_no_date_and_no_style_sheet(tmp_path):
     plan = make(tmp_path, USUAL)
     rows = report.build(tmp_path, plan).query("task == 'arc-easy'").to_dict("records")
-    assert "date>" not in report.draw(rows, report.looks(rows))
+    assert "date>" not in figures.draw(rows, figures.looks(rows))
     html = page(tmp_path, plan)
     assert html.count("<style") == 1 and "<metadata" not in html
 
@@ -413,9 +416,9 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(pages.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.write_text(target, "new")
+        pages.write_text(target, "new")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -535,7 +538,7 @@ def test_page_shows_settings_tools_and_other_metrics(tmp_path):
 def test_table_keeps_a_compression_together(tmp_path):
     order = ["w4g32", "w2g32+r8", "original", "w2g32+r4", "w2g32"]
     frame = report.build(tmp_path, make(tmp_path, {name: USUAL["w2g32"] for name in order}))
-    table = report.table_rows(frame.to_dict("records"), PLAN["tasks"])
+    table = pages.table_rows(frame.to_dict("records"), PLAN["tasks"])
     found = [row["variant"] for row in table]
     assert found == ["w4g32", "w2g32", "w2g32+r4", "w2g32+r8", "original"]
     assert [row["variant"] for row in table if row["new_group"]] == ["w4g32", "w2g32"]
@@ -594,7 +597,7 @@ def test_all_values_broken_or_no_variants(tmp_path):
     [(999, "999 B"), (1_500, "1.50 kB"), (131_240_000, "131.2 MB"), (2_345_000_000, "2.35 GB")],
 )
 def test_show_bytes(size, words):
-    assert report.show_bytes(size).replace(report.NBSP, " ") == words
+    assert show.show_bytes(size).replace(show.NBSP, " ") == words
 
 
 @pytest.mark.parametrize(
@@ -603,4 +606,4 @@ def test_show_bytes(size, words):
      (math.nan, "nan"), (-math.inf, "−inf"), (-0.25, "−0.250")],
 )  # fmt: skip
 def test_show_value(value, words):
-    assert report.show_value(value) == words
+    assert show.show_value(value) == words
