@@ -48,7 +48,7 @@ def main(
         if not scored:
             raise Mistake(f"{model}: no compression lost anything on these tasks; name others")
         tested = rec.measured(rows, scored)
-        others = rec.untested(rows, scored, rec.read_curves(results, rows))
+        others = rec.untested(rows, scored, rec.kept_curves(rows))
         typer.echo(f"{model}:")
         if budget is not None:
             take = rec.best_within(tested, budget * 1e6)

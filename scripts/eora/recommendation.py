@@ -11,11 +11,9 @@ is found by leaving measured ranks out, each in turn: the largest miss is what i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -131,14 +129,13 @@ def untested(frame: pd.DataFrame, scored: Mapping[str, float], curves: Mapping) 
     return found
 
 
-def read_curves(results: Path, frame: pd.DataFrame) -> dict[tuple[str, str], Curve]:
-    """(compression, adapter) -> curve, of one model's rows."""
+def kept_curves(frame: pd.DataFrame) -> dict[tuple[str, str], Curve]:
+    """(compression, adapter) -> curve, of one model's rows; of those adapters that keep theirs."""
     found = {}
     adapted = frame.dropna(subset=["adapter"])
     for row in adapted.drop_duplicates(["compression", "adapter"]).itertuples():
-        made = results / "adapters" / row.model / row.compression / row.adapter
-        file = made / f"r{row.rank}-16bit" / "residuals.json"
-        found[row.compression, row.adapter] = curve(json.loads(file.read_text()))
+        if row.residuals is not None:
+            found[row.compression, row.adapter] = curve(row.residuals)
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from eora import report
-from eora.report import comparing, figures, reading, verdict
+from eora.report import comparing, figures, reading, residuals, verdict
 from eora.report import page as pages
 from eora.report import words as show
 
@@ -542,6 +542,40 @@ def test_table_keeps_a_compression_together(tmp_path):
     found = [row["variant"] for row in table]
     assert found == ["w4g32", "w2g32", "w2g32+r4", "w2g32+r8", "original"]
     assert [row["variant"] for row in table if row["new_group"]] == ["w4g32", "w2g32"]
+
+
+def test_residuals_are_shares_by_kind_of_layer_and_block():
+    """By hand: errors of 100 and 25 left of 100 are 50 %; what is narrower is whole beyond."""
+    left = residuals.shares(
+        {
+            "model.layers.0.mlp.down_proj": [100.0, 25.0, 4.0],
+            "model.layers.1.mlp.down_proj": [16.0, 4.0],
+            "model.layers.0.mlp.experts.0.up_proj": [1.0, 0.25, 0.0],
+            "model.layers.0.mlp.experts.1.up_proj": [1.0, 1.0, 1.0],
+            "model.layers.1.self_attn.q_proj": [0.0, 0.0, 0.0],
+        }
+    )
+    assert left.to_dict("index") == {
+        ("down", 0): {0: 1.0, 1: 0.5, 2: 0.2},
+        ("down", 1): {0: 1.0, 1: 0.5, 2: 0.0},
+        ("expert up", 0): {0: 1.0, 1: 0.75, 2: 0.5},
+        ("q", 1): {0: 0.0, 1: 0.0, 2: 0.0},
+    }
+    assert residuals.means(left).loc["down"].tolist() == pytest.approx([1.0, 0.5, 0.1])
+
+
+def test_page_shows_what_each_rank_leaves_where_it_is_kept(tmp_path):
+    plan = make(tmp_path, USUAL)
+    assert "What each rank leaves" not in page(tmp_path, plan)
+    made = tmp_path / "adapters" / "tiny" / "w2g32" / "eora" / "r8-16bit"
+    curves = {f"model.layers.{i}.mlp.up_proj": [4.0] * (8 - i) + [1.0] * (1 + i) for i in (0, 1)}
+    save(made / "residuals.json", curves)
+    html = page(tmp_path, plan)
+    assert "What each rank leaves of the error in tiny" in html
+    assert "rank 8: up 50\N{NO-BREAK SPACE}%" in html
+    found = Links()
+    found.feed(html)
+    assert len(found.ids) == len(set(found.ids))
 
 
 def test_uneven_samples_are_marked(tmp_path):

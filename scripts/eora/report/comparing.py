@@ -42,7 +42,7 @@ CSV_COLUMNS = [
 ]
 
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["best_for_size", "dtype", "each", "metrics", "tools"]
+PAGE_COLUMNS = ["best_for_size", "dtype", "each", "metrics", "residuals", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
 _WHOLE += ["other_bytes", "adapter_bytes", "peak_memory_bytes"]

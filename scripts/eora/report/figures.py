@@ -264,9 +264,14 @@ def draw(rows: list[Row], look: Looks) -> str:
             draw_original(axes, original)
         style_axes(axes, rows, unit)
         draw_labels(axes, points, original, look, step)
-        target = io.StringIO()
-        quiet = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-        figure.savefig(target, format="svg", metadata=quiet, transparent=True)
+        return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG text that is the same each time; within the style it was drawn in."""
+    target = io.StringIO()
+    quiet = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+    figure.savefig(target, format="svg", metadata=quiet, transparent=True)
     return target.getvalue()
 
 

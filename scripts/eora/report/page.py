@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from eora.report import residuals
 from eora.report.comparing import CSV_COLUMNS
 from eora.report.figures import BASE_MARKER, figure, looks
 from eora.report.reading import Row, known, number
@@ -79,6 +80,7 @@ def model_section(name: str, rows: list[Row], index: int) -> Row:
         "figures": [
             figure(by_task[task], look, f"f{index}-{i}-") for i, task in enumerate(tasks, 1)
         ],
+        "residuals": residuals.figures(rows, f"r{index}-"),
         "table": table_rows(rows, tasks),
         "details": metric_rows(rows),
         "costs": cost_sentences(rows),

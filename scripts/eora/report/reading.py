@@ -154,6 +154,16 @@ def read_parts(results: Path, variant: Mapping[str, Any]) -> Parts:
     return Parts(original, compressed, read_manifest(path, "adapter manifest"))
 
 
+def read_residuals(folder: Path) -> dict[str, list[float]] | None:
+    """An adapter's curves, layer -> the objective left at each rank; None where they are not kept.
+
+    Args:
+        folder: the 16-bit adapter's.
+    """
+    file = folder / "residuals.json"
+    return read_json(file, "residual curves") if file.exists() else None
+
+
 def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
     """The columns that are the same for all tasks of a variant."""
     held = parts.compressed or parts.original
@@ -217,6 +227,10 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
 def variant_rows(results: Path, variant: Mapping[str, Any], plan: Mapping[str, Any]) -> list[Row]:
     """One row per task for one variant of the plan."""
     shared = variant_columns(read_parts(results, variant), variant, plan)
+    shared["residuals"] = None
+    if variant["adapter"] is not None:
+        made = Path("adapters", variant["model"], variant["compression"], variant["adapter"])
+        shared["residuals"] = read_residuals(results / made / f"r{variant['rank']}-16bit")
     folder = results / "evaluations" / variant["model"] / variant["variant"]
     wanted = plan.get("metrics", {})
     rows = [
