@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, assert_remade, contents, failures, unsummed
 
 # How many stages are killed; a hundred take minutes: EORAFLOW_KILLS=100 pytest -k killed_stages
-KILLS = int(os.environ.get("EORAFLOW_KILLS", "6"))
+KILLS = int(os.environ.get("EORAFLOW_KILLS", "4"))
 SEED = int(os.environ.get("EORAFLOW_KILLS_SEED", "0"))
 
 
