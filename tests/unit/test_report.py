@@ -619,6 +619,16 @@ def test_one_task_several_models_and_missing_numbers(tmp_path):
     assert "Not drawn: w2g32 (nan)" in text_of(html)
 
 
+@pytest.mark.parametrize("models, unfolded", [(4, 4), (5, 0)])
+def test_many_models_answers_come_without_their_tables(tmp_path, models, unfolded):
+    names = [f"m{i}" for i in range(models)]
+    plans = [make(tmp_path, {"original": (0.6, 10.0), "w2g32": (0.4, 40.0)}, n) for n in names]
+    plan = plans[0] | {"variants": [v for p in plans for v in p["variants"]]}
+    html = page(tmp_path, plan)
+    assert html.count("Best within a budget</h4>") == models
+    assert html.count("<details open>") == unfolded
+
+
 def test_all_values_broken_or_no_variants(tmp_path):
     plan = make(tmp_path, {"original": (math.nan, math.inf), "w2g32": (math.nan, math.nan)})
     text = text_of(page(tmp_path, plan))
