@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
@@ -31,12 +32,11 @@ os.environ["SLURM_CONF"] = os.devnull
 
 
 class Scheduling(LoadScopeScheduling):
-    """Files of unit tests go to whichever worker is free; all others stay together, as they share
-    one run of the workflow, which each worker would have to repeat."""
+    """A free worker takes a whole file of unit tests, and of all others, which take longer, one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if "unit/" in file else "workflow"
+        return file if "unit/" in file else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
@@ -234,11 +234,29 @@ def unrun(tmp_path_factory) -> Iterator[Pipeline]:
         yield Pipeline(folder, tiny_config(sources, wheel), env)
 
 
+def copy_whole(folder: Path, to: Path) -> None:
+    """Copy a folder with the times of files and folders, and the store's links as links."""
+    subprocess.run(["cp", "-a", folder, to], check=True)
+
+
 @pytest.fixture(scope="session")
-def pipeline(unrun: Pipeline) -> Pipeline:
-    """The whole workflow, run once: every rule, real tools."""
-    done = unrun.snakemake("--benchmark-extended")  # tells what jobs asked for
-    assert done.returncode == 0, failures(done.stdout, unrun.folder)
+def pipeline(unrun: Pipeline, tmp_path_factory) -> Pipeline:
+    """The whole workflow, run once: every rule, real tools.
+
+    One worker runs it and the others copy it, with sources that are theirs byte for byte.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = tmp_path_factory.getbasetemp().parent / "run"
+    else:
+        shared = tmp_path_factory.mktemp("shared") / "run"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            done = unrun.snakemake("--benchmark-extended")  # tells what jobs asked for
+            assert done.returncode == 0, failures(done.stdout, unrun.folder)
+            copy_whole(unrun.folder, shared)
+            return unrun
+    shutil.rmtree(unrun.folder)
+    copy_whole(shared, unrun.folder)
     return unrun
 
 
@@ -246,9 +264,7 @@ def pipeline(unrun: Pipeline) -> Pipeline:
 def clone(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
     """The finished pipeline in a folder of its own, links of the store kept."""
     folder = tmp_path / "clone"
-    shutil.copytree(pipeline.folder, folder, ignore=shutil.ignore_patterns("results"))
-    done = pipeline.start("cp", "-a", pipeline.results, folder / "results")
-    assert done.wait() == 0
+    copy_whole(pipeline.folder, folder)
     return replace(pipeline, folder=folder, config=copy.deepcopy(pipeline.config))
 
 

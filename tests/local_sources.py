@@ -81,13 +81,17 @@ def data_wheel(folder: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
     """Make data_pack 1.0, a wheel that holds the rows; returns it as a config's source."""
     folder.mkdir(parents=True)
     wheel = folder / "data_pack-1.0-py3-none-any.whl"
+    info = "data_pack-1.0.dist-info/"
+    files = {
+        "data_pack/rows.jsonl": "".join(json.dumps(r) + "\n" for r in rows),
+        "data_pack/__init__.py": "raise SystemExit('never imported')",
+        info + "METADATA": "Metadata-Version: 2.1\nName: data-pack\nVersion: 1.0",
+        info + "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any",
+        info + "RECORD": "",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("data_pack/rows.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-        archive.writestr("data_pack/__init__.py", "raise SystemExit('never imported')")
-        info = "data_pack-1.0.dist-info/"
-        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: data-pack\nVersion: 1.0")
-        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
-        archive.writestr(info + "RECORD", "")
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text)  # of no time: always the same bytes
     return {
         "wheel": "data-pack==1.0",
         "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
