@@ -1,8 +1,10 @@
-"""Quantize a model with AutoRound."""
+"""Compress a model: by AutoRound, GPTQ, SparseGPT or Wanda, or as somebody else did."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+import typer
 
 from eora import cli
 from eora.result import Result
@@ -10,58 +12,86 @@ from eora.result import Result
 
 @dataclass
 class Params:
-    """Keys: bits, group_size, sym, iters, batch_size, seed (as AutoRound means them); format
-    (auto_round or auto_gptq); alg_ext; keep (parts of names of layers left in 16 bits); version.
+    """Keys: method (autoround, gptq, sparsegpt, wanda or existing); version; but for existing: keep
+    (parts of names of layers left in 16 bits).
+    For autoround and gptq, and optional after the two that prune: bits, group_size, sym.
+    For sparsegpt and wanda: sparsity (2:4, or a share such as 0.5).
+    For autoround: iters, batch_size, format (auto_round or auto_gptq), alg_ext, seed.
     The number of samples and their length are those of --tokens."""
 
-    bits: int
-    group_size: int
-    sym: bool
-    iters: int
-    batch_size: int
-    format: str
-    alg_ext: bool
-    seed: int
+    method: str
     version: int
-    keep: list = field(default_factory=list)
+    keep: list | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    sparsity: str | None = None
+    iters: int | None = None
+    batch_size: int | None = None
+    format: str | None = None
+    alg_ext: bool | None = None
+    seed: int | None = None
     trust_remote_code: bool = False
 
 
 def main(
     params: Annotated[str, cli.Params],
     model: Annotated[Path, cli.Stage("the model's download stage")],
-    tokens: Annotated[Path, cli.Stage("the tokenize stage (packed)")],
     out: Annotated[Path, cli.Out],
+    tokens: Annotated[
+        Path | None, cli.Stage("the tokenize stage (packed); of existing, none")
+    ] = None,
+    checkpoint: Annotated[Path | None, cli.Stage("the download of an existing checkpoint")] = None,
     device: Annotated[str, cli.Device] = "auto",
     store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
+    if (spec.method == "existing") == (checkpoint is None) or (tokens is None) == (
+        checkpoint is None
+    ):
+        raise typer.BadParameter("give --checkpoint for the method existing, --tokens for others")
+    tool = {"autoround": ("auto-round",), "existing": ("auto-round",)}
     result = Result(
         out,
         stage="compress",
         params=vars(spec),
-        inputs={"model": model, "tokens": tokens},
-        tools=("auto-round", "torch", "transformers"),
+        inputs={"model": model, "tokens": tokens, "checkpoint": checkpoint},
+        tools=(*tool.get(spec.method, ("llmcompressor",)), "torch", "transformers"),
         kept=store,
     )
     if result.restored():
         return
-    where = cli.device(device)
-    from safetensors.torch import load_file
+    notes: dict[str, Any] = {}
+    with result.publish(notes) as folder:
+        if checkpoint is not None:
+            from eora import existing
 
-    from eora import autoround
+            notes["weight_error"] = existing.check(
+                model / "model", checkpoint / "model", spec.trust_remote_code
+            )
+            (folder / "model").mkdir()
+            existing.take(checkpoint / "model", folder / "model")
+            return
+        where = cli.device(device)
+        from safetensors.torch import load_file
 
-    with result.publish() as folder:
-        data = load_file(tokens / "tokens.safetensors")
-        settings = {key: value for key, value in vars(spec).items() if key != "version"}
-        autoround.quantize(
-            model / "model",
-            folder / "model",
-            data["input_ids"],
-            device=where,
-            **settings,
-        )
+        data = load_file(tokens / "tokens.safetensors")["input_ids"]
+        given = {
+            key: value
+            for key, value in vars(spec).items()
+            if value is not None and key not in ("method", "version")
+        }
+        if spec.method == "autoround":
+            from eora import autoround
+
+            autoround.quantize(model / "model", folder / "model", data, device=where, **given)
+        else:
+            from eora import oneshot
+
+            oneshot.compress(
+                model / "model", folder / "model", data, method=spec.method, device=where, **given
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetch one model and lay it out as a plain safetensors folder."""
+"""Fetch one model, or its compressed form, and lay it out as a plain safetensors folder."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from eora import cli
 from eora.result import Result
 
@@ -11,35 +13,44 @@ from eora.result import Result
 @dataclass
 class Params:
     """Keys: column that holds the text; samples; seqlen (tokens a sample); layout (packed:
-    documents joined and cut into full windows; documents: one a sample, padded); version."""
+    documents joined and cut into full windows; documents: one a sample, padded); version.
+    For several data sets, in the order of --dataset: columns, and mix (the samples of each)."""
 
-    column: str
     samples: int
     seqlen: int
     layout: str
     version: int
+    column: str | None = None
+    columns: list | None = None
+    mix: list | None = None
     trust_remote_code: bool = False
 
 
 def main(
     params: Annotated[str, cli.Params],
     model: Annotated[Path, cli.Stage("the model's download stage")],
-    dataset: Annotated[Path, cli.Stage("the data set's download stage")],
+    dataset: Annotated[list[Path], cli.Stage("a data set's download stage")],
     out: Annotated[Path, cli.Out],
     store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
+    columns, counts = spec.columns or [spec.column], spec.mix or [spec.samples]
+    if not len(dataset) == len(columns) == len(counts):
+        raise typer.BadParameter("give as many --dataset as columns and mix have entries")
+    one = len(dataset) == 1
     result = Result(
         out,
         stage="tokenize",
         params=vars(spec),
-        inputs={"model": model, "dataset": dataset},
+        inputs={"model": model}
+        | {"dataset" if one else f"dataset-{i}": path for i, path in enumerate(dataset)},
         tools=("transformers", "tokenizers"),
         kept=store,
     )
     if result.restored():
         return
+    import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
@@ -49,10 +60,13 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(
             model / "model", trust_remote_code=spec.trust_remote_code
         )
-        documents = text.texts(dataset / "data", spec.column)
-        input_ids, lengths = text.windows(
-            documents, tokenizer, spec.samples, spec.seqlen, spec.layout
-        )
+        parts = [
+            text.windows(
+                text.texts(path / "data", column), tokenizer, count, spec.seqlen, spec.layout
+            )
+            for path, column, count in zip(dataset, columns, counts, strict=True)
+        ]
+        input_ids, lengths = (torch.cat(some) for some in zip(*parts, strict=True))
         save_file({"input_ids": input_ids, "lengths": lengths}, folder / "tokens.safetensors")
 
 

@@ -86,6 +86,19 @@ def make_model(folder: Path, seed: int = 0, layers: int = 3) -> Path:
     return folder
 
 
+def make_packed(model: Path, folder: Path) -> Path:
+    """Save a model in 4 bits as somebody else would, rounded to nearest by llm-compressor."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    nearest = QuantizationModifier(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
+    )
+    oneshot(str(model), recipe=[nearest], pipeline="datafree", output_dir=str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama: 3 blocks, hidden 64, intermediate 96, kv width 32."""
@@ -131,14 +144,12 @@ def tiny_config(sources: Path, wheel: dict[str, str]) -> dict[str, Any]:
             "moments": {"dataset": "more", "samples": 12, "seqlen": 24, "layout": "documents"},
         },
         "compressions": {
-            name: {
-                "bits": bits,
-                "sym": sym,
-                "group_size": 32,
-                "iters": 1,
-                "calibration": "rounding",
-            }
-            for name, bits, sym in (("w2", 2, False), ("w4", 4, True))
+            "w2": {"bits": 2, "group_size": 32, "iters": 1, "calibration": "rounding"},
+            "w4": {
+                "method": "existing",
+                "model": "tiny",
+                "checkpoint": {"path": str(sources / "packed")},
+            },
         },
         "adapters": {
             "eora": {"calibration": "moments", "ranks": [4, 8], "max_rank": 16, "bits": [16, 4]}
@@ -219,7 +230,7 @@ def unrun(tmp_path_factory) -> Iterator[Pipeline]:
     """The workflow before it runs: two tiny random models and data, from sources of every kind."""
     folder = tmp_path_factory.mktemp("pipeline")
     sources = folder / "sources"
-    make_model(sources / "tiny")
+    make_packed(make_model(sources / "tiny"), sources / "packed")
     twin = make_model(tmp_path_factory.mktemp("twin"), seed=1, layers=2)
     make_questions(sources / "questions.jsonl")
     wheel = data_wheel(folder / "index", [{"sentence": s} for s in SENTENCES])
@@ -273,7 +284,7 @@ def small(clone: Pipeline) -> Pipeline:
     """The same with one entry of each kind, where much is computed anew."""
     del clone.config["models"]["twin"], clone.config["compressions"]["w4"]
     del clone.config["tasks"]["choice"]
-    clone.config["adapters"]["eora"]["ranks"] = [8]
+    clone.config["adapters"]["eora"] |= {"ranks": [8], "bits": [4]}
     return clone
 
 

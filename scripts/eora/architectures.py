@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -44,14 +47,14 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Local name -> layer, for every layer of a block that is quantized and adapted, in order.
 
     These are linear layers, transformers' ``Conv1D`` (the same with its weight transposed), and
-    quantized ones: leaves that hold packed weights (``qweight``) in place of ``weight``. Routers
-    of experts are none of them, nor are gates of one output: they are left as they are.
+    quantized ones (see :func:`is_packed`). Routers of experts are none of them, nor are gates of
+    one output: they are left as they are.
     """
     routers = _routers(block)
     return {
         name: module
         for name, module in block.named_modules()
-        if hasattr(module, "qweight")
+        if is_packed(module)
         or (
             isinstance(module, nn.Linear | Conv1D)
             and len(dense_weight(module)) > 1
@@ -60,11 +63,26 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The layer's weight (out, in), dequantized by the layer's own forward where it is packed.
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer holds packed weights in place of ``weight``: AutoRound's and GPTQ's
+    ``qweight``, or what compressed-tensors put there."""
+    return hasattr(layer, "qweight") or _is_compressed(layer)
 
-    The forward of the identity is exact: every output is one dequantized weight plus zeros.
+
+def _is_compressed(layer: nn.Module) -> bool:
+    return getattr(layer, "quantization_status", None) == QuantizationStatus.COMPRESSED
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight (out, in), dequantized by its format's own library where it is packed.
+
+    That is compressed-tensors' decompression, or the layer's forward of the identity, which is
+    exact: every output is one dequantized weight plus zeros.
     """
+    if _is_compressed(layer):
+        scheme = layer.quantization_scheme
+        compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+        return compressor.decompress(get_direct_state_dict(layer), scheme)["weight"].detach()
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
     if isinstance(layer, Conv1D):

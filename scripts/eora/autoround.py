@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eora.architectures import dense_weight, linear_layers
-from eora.errors import Mistake
-from eora.streaming import BlockStream
-
-
-def check_layers(
-    folder: Path, group_size: int, keep: list[str], trust_remote_code: bool = False
-) -> None:
-    """Refuse settings that do not fit the model's layers, before its weights are read.
-
-    AutoRound passes over a name that matches nothing, and packs groups that a layer is no multiple
-    of in a way that cannot be loaded back.
-
-    Args:
-        folder: the model.
-        group_size: weights that share a scale, along a layer's input; -1 is all of them.
-        keep: layers left in 16 bits: parts of their names, or regular expressions.
-
-    Raises:
-        Mistake: naming the layer, and what would fit.
-    """
-    from auto_round.utils import to_standard_regex
-
-    stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
-    widths = {
-        name: dense_weight(layer).shape[1] for name, layer in linear_layers(stream.model).items()
-    }
-    kept: set[str] = set()
-    for part in keep:
-        try:
-            matched = set(filter(re.compile(to_standard_regex(part)).search, widths))
-        except ValueError as error:
-            raise Mistake(
-                f"compressions.<name>.keep: {part!r} is part of no name, and no regular "
-                f"expression ({error}); mend or remove it"
-            ) from None
-        if not matched:
-            # Without block numbers, as parts of names are given: mlp.down_proj, down_proj.
-            words = {re.sub(r".*\.\d+\.", "", name) for name in widths}
-            words |= {word.rpartition(".")[2] for word in words}
-            near = difflib.get_close_matches(part, words, n=3) or sorted(words)
-            raise Mistake(
-                f"compressions.<name>.keep: {part!r} matches no layer of the model; "
-                f"mend or remove it. There are {', '.join(near)}"
-            )
-        kept |= matched
-    for name, width in widths.items():
-        if group_size > 0 and width % group_size and name not in kept and stream.prefix in name:
-            raise Mistake(
-                f"compressions.<name>.group_size: {group_size} does not divide the width of "
-                f"{name} ({width}); take a smaller one, -1 for whole rows, "
-                f"or add {name.rpartition('.')[2]} to keep"
-            )
+from eora import layers
 
 
 def quantize(
@@ -96,9 +42,9 @@ def quantize(
         device: cpu, cuda or cuda:N.
 
     Raises:
-        Mistake: see :func:`check_layers`.
+        Mistake: the settings do not fit the model's layers.
     """
-    check_layers(folder, group_size, keep, trust_remote_code)
+    layers.chosen(folder, group_size, keep, trust_remote_code)
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -30,6 +30,7 @@ _TYPES = {
     "array": "a list",
     "string": "text",
     "integer": "a whole number",
+    "number": "a number",
     "boolean": "true or false",
 }
 # After one of these mistakes the config has not the shape that the checks of _mistakes rely on.
@@ -39,6 +40,16 @@ _TASK_KEYS = {
     "lm_eval": ("dataset", "fewshot_dataset", "num_fewshot", "limit", "chat_template", "metric"),
     "perplexity": ("window", "windows"),
 }
+# What each method of compression goes by, beside its calibration.
+_ROUNDED = ("bits", "group_size", "sym")
+METHOD_KEYS = {
+    "autoround": (*_ROUNDED, "iters", "batch_size", "format", "alg_ext", "keep", "seed"),
+    "gptq": (*_ROUNDED, "keep"),
+    "sparsegpt": ("sparsity", *_ROUNDED, "keep"),
+    "wanda": ("sparsity", *_ROUNDED, "keep"),
+    "existing": ("model", "checkpoint"),
+}
+PRUNERS = ("sparsegpt", "wanda")
 
 
 class ConfigError(Mistake):
@@ -278,27 +289,90 @@ def _task_mistakes(
         yield f"{where}.num_fewshot: its examples need fewshot_dataset, as dataset has one split"
 
 
-def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
-    """What the schema cannot say: references between sections, and settings that clash."""
-    for section in ("models", "datasets"):
-        for name, entry in config[section].items():
-            yield from _source_mistakes(f"{section}.{name}", entry)
-    for name, entry in config["models"].items():
-        yield from _kind_mistakes(f"models.{name}", entry)
-    for name, entry in config["calibrations"].items():
-        where = f"calibrations.{name}.dataset"
-        yield from _reference(where, entry["dataset"], "datasets", config)
-    for name, entry in config["compressions"].items():
-        where = f"compressions.{name}"
-        if name == ORIGINAL:
-            yield f"{where}: the name is taken by the uncompressed model; choose another"
-        yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
-        calibration = config["calibrations"].get(entry["calibration"], {})
-        if calibration.get("layout") == "documents":
+def _calibration_mistakes(where: str, entry: Config, config: Config) -> Iterator[str]:
+    if ("dataset" in entry) == ("mix" in entry):
+        found = "both" if "mix" in entry else "neither"
+        yield f"{where}: give exactly one of dataset and mix (found {found})"
+    elif "dataset" in entry:
+        yield from _reference(f"{where}.dataset", entry["dataset"], "datasets", config)
+    else:
+        for name in entry["mix"]:
+            yield from _reference(f"{where}.mix.{name}", name, "datasets", config)
+        total = sum(entry["mix"].values())
+        if abs(total - 1) > 1e-6:
+            yield f"{where}.mix: the shares add up to {total:g}; make them add up to 1"
+        for name in (name for name, count in shares(entry).items() if count < 1):
             yield (
-                f"{where}.calibration: AutoRound wants full windows; "
-                f"set calibrations.{entry['calibration']}.layout to packed, or name another"
+                f"{where}.mix.{name}: gives none of {entry['samples']} samples; "
+                "raise samples or its share, or remove it"
             )
+
+
+def shares(entry: Config) -> dict[str, int]:
+    """Data set -> the samples that a calibration takes of it, in the config's order.
+
+    Shares that give no whole number of samples go down, and the largest remainders up again.
+    """
+    if "dataset" in entry:
+        return {entry["dataset"]: entry["samples"]}
+    exact = {name: share * entry["samples"] for name, share in entry["mix"].items()}
+    counts = {name: int(amount + 1e-9) for name, amount in exact.items()}
+    by_rest = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_rest[: max(0, entry["samples"] - sum(counts.values()))]:
+        counts[name] += 1
+    return counts
+
+
+def settings(entry: Config) -> Config:
+    """The keys of a compression's entry that its method goes by, beside its calibration."""
+    keys = METHOD_KEYS[entry["method"]]
+    if "bits" not in entry:
+        keys = tuple(key for key in keys if key not in _ROUNDED)
+    found = {"method": entry["method"], **pick(entry, keys)}
+    return found | ({"checkpoint": origin(entry["checkpoint"])} if "checkpoint" in entry else {})
+
+
+def applies(entry: Config, model: str) -> bool:
+    """Whether a compression is made of a model: an existing one belongs to one alone."""
+    return entry.get("model", model) == model
+
+
+def _compression_mistakes(
+    where: str, entry: Config, config: Config, known: dict[str, Any]
+) -> Iterator[str]:
+    method = entry["method"]
+    if method not in METHOD_KEYS:
+        return
+    needed = ["model", "checkpoint"] if method == "existing" else ["calibration"]
+    needed += ["bits"] if method in ("autoround", "gptq") else []
+    for key in needed:
+        if key not in entry:
+            yield f"{where}.{key}: missing; it is needed: {known[key]['description']}"
+    allowed = {"method", *METHOD_KEYS[method], *(() if method == "existing" else ["calibration"])}
+    for key in sorted((entry.keys() & known.keys()) - allowed):
+        # A default is filled in by now: it cannot be told from one that was written.
+        if entry[key] != known[key].get("default"):
+            others = [name for name, keys in METHOD_KEYS.items() if key in keys]
+            goes = ", ".join(others) or "methods that calibrate"
+            yield f"{where}.{key}: goes with {goes}, not with {method}; remove it"
+    if method == "existing":
+        if "model" in entry:
+            yield from _reference(f"{where}.model", entry["model"], "models", config)
+        if "checkpoint" in entry:
+            yield from _source_mistakes(f"{where}.checkpoint", entry["checkpoint"])
+    if "calibration" in entry:
+        name = entry["calibration"]
+        yield from _reference(f"{where}.calibration", name, "calibrations", config)
+        if config["calibrations"].get(name, {}).get("layout") == "documents":
+            yield (
+                f"{where}.calibration: compressing wants full windows; "
+                f"set calibrations.{name}.layout to packed, or name another"
+            )
+    if method in PRUNERS and ":" in entry["sparsity"]:
+        zeros, of = map(int, entry["sparsity"].split(":"))
+        if zeros >= of:
+            yield f'{where}.sparsity: {zeros} of {of} leaves nothing; take fewer, such as "2:4"'
+    if method == "autoround" and "bits" in entry:
         if entry["format"] == "auto_gptq" and not entry["sym"]:
             yield (
                 f"{where}.format: auto_gptq with asymmetric {entry['bits']}-bit weights cannot be "
@@ -310,6 +384,23 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
                 f"{where}.bits: AutoRound packs asymmetric 4-bit weights for AWQ kernels, "
                 "which are not installed here; set sym to true"
             )
+
+
+def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
+    """What the schema cannot say: references between sections, and settings that clash."""
+    for section in ("models", "datasets"):
+        for name, entry in config[section].items():
+            yield from _source_mistakes(f"{section}.{name}", entry)
+    for name, entry in config["models"].items():
+        yield from _kind_mistakes(f"models.{name}", entry)
+    for name, entry in config["calibrations"].items():
+        yield from _calibration_mistakes(f"calibrations.{name}", entry, config)
+    known = schema["properties"]["compressions"]["additionalProperties"]["properties"]
+    for name, entry in config["compressions"].items():
+        where = f"compressions.{name}"
+        if name == ORIGINAL:
+            yield f"{where}: the name is taken by the uncompressed model; choose another"
+        yield from _compression_mistakes(where, entry, config, known)
     for name, entry in config["adapters"].items():
         where = f"adapters.{name}"
         yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
@@ -446,7 +537,9 @@ def variants(config: Config) -> list[Variant]:
     found = []
     for model in config["models"]:
         found.append(Variant(model))
-        for compression in config["compressions"]:
+        for compression, made in config["compressions"].items():
+            if not applies(made, model):
+                continue
             found.append(Variant(model, compression))
             found += [
                 Variant(model, compression, adapter, rank, bits)

@@ -19,7 +19,9 @@ from eora.errors import Mistake
 
 CARD = "README.md"
 # What of a compression's parameters tells it apart; the others are the run's own.
-_COMPRESSION = ("bits", "group_size", "sym", "format", "iters", "alg_ext")
+_COMPRESSION = (
+    "method", "sparsity", "bits", "group_size", "sym", "format", "iters", "alg_ext"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,10 @@ def _fitted_on(source: Source) -> tuple[str, dict[str, Any], str]:
     if tokens is None:
         return fit["params"]["method"], {}, "?"
     made = manifest.load(tokens)
-    data = _made_from(source.results, "datasets", made["inputs"]["dataset"])
-    return fit["params"]["method"], made["params"], "?" if data is None else data.name
+    datasets = [digest for key, digest in made["inputs"].items() if key.startswith("dataset")]
+    found = [_made_from(source.results, "datasets", digest) for digest in datasets]
+    names = ["?" if data is None else data.name for data in found]
+    return fit["params"]["method"], made["params"], " and ".join(names)
 
 
 def _scores(source: Source) -> Iterator[dict[str, Any]]:
@@ -140,7 +144,11 @@ def facts(source: Source) -> dict[str, Any]:
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,
-        "compression": {k: compressed["params"][k] for k in _COMPRESSION},
+        "compression": {
+            key: compressed["params"][key]
+            for key in _COMPRESSION
+            if compressed["params"].get(key) is not None
+        },
         "weights": {name: entry["sha256"] for name, entry in weights.items()},
         "bytes": sum(entry["bytes"] for entry in _weights(adapter, "adapter").values()),
         "base_bytes": sum(entry["bytes"] for entry in weights.values()),

@@ -22,14 +22,28 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from eora.architectures import dense_weight, kept_conversions
+from eora.architectures import dense_weight, is_packed, kept_conversions
 from eora.errors import Mistake
 from eora.lowrank import LowRankLinear, attach
 
+COMPRESSED_TENSORS = "compressed-tensors"
+
+
+def quantization_format(config) -> str | None:
+    """What a checkpoint's packed layers are stored in, such as ``gptq``; None: it has none."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(method, "value", method))
+
 
 def portable_quantization(config) -> AutoRoundConfig | None:
-    """How to load a checkpoint's quantized layers anywhere: AutoRound's plain torch kernel."""
-    if getattr(config, "quantization_config", None) is None:
+    """How to load a checkpoint's quantized layers anywhere: AutoRound's plain torch kernel.
+
+    None for formats that bring no kernel to choose: compressed-tensors unpacks its own layers.
+    """
+    if quantization_format(config) in (None, COMPRESSED_TENSORS):
         return None
     return AutoRoundConfig(backend="torch")
 
@@ -51,7 +65,7 @@ def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
 def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
     for name, layer in list(model.named_modules()):
-        if not hasattr(layer, "qweight"):
+        if not is_packed(layer):
             continue
         weight = dense_weight(layer).to(dtype)
         bias = getattr(layer, "bias", None)
@@ -72,8 +86,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in evaluation mode, in :func:`evaluation_dtype`.
 
-    Packed layers stay packed on CUDA. On a CPU they are dequantized once, as AutoRound's packed
-    kernels are many times slower there than plain ones.
+    Packed layers stay packed on CUDA, but for those of compressed-tensors, which has no kernels for
+    plain transformers. On a CPU all are dequantized once, as AutoRound's packed kernels are many
+    times slower there than plain ones.
 
     Args:
         folder: original or compressed model, as ``from_pretrained`` takes it.
@@ -83,8 +98,9 @@ def load(
     """
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    packed = getattr(config, "quantization_config", None) is not None
-    dense = packed and device == "cpu"
+    stored = quantization_format(config)
+    packed = stored is not None
+    dense = packed and (device == "cpu" or stored == COMPRESSED_TENSORS)
     dtype = evaluation_dtype(config.dtype, device)
     with kept_conversions(config.model_type):
         model = AutoModelForCausalLM.from_pretrained(

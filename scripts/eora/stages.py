@@ -15,24 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, origin, pick, variants
+from eora.config import Config, Variant, origin, pick, settings, shares, variants
 
 Params = dict[str, Any]
 
 SOURCE_KEYS = ("hub", "revision", "wheel", "sha256", "member", "path")
 DATASET_KEYS = (*SOURCE_KEYS, "name", "data_files", "split", "distinct", "rows")
 CALIBRATION_KEYS = ("samples", "seqlen", "layout")
-COMPRESS_KEYS = (
-    "bits",
-    "group_size",
-    "sym",
-    "iters",
-    "batch_size",
-    "format",
-    "alg_ext",
-    "keep",
-    "seed",
-)
 LM_EVAL_KEYS = ("num_fewshot", "limit", "chat_template")
 
 
@@ -79,6 +68,11 @@ def _download_model(config: Config, model: str) -> Params:
     return {"source": source, **dtype, **_trust(config, model)}
 
 
+def _download_checkpoint(config: Config, model: str, compression: str) -> Params:
+    source = _source(config["compressions"][compression]["checkpoint"], SOURCE_KEYS)
+    return {"source": source, **_trust(config, model)}
+
+
 def _download_dataset(config: Config, dataset: str) -> Params:
     return {"source": _source(config["datasets"][dataset], DATASET_KEYS)}
 
@@ -90,12 +84,21 @@ def _prepare_task(config: Config, task: str) -> Params:
 
 def _tokenize(config: Config, model: str, calibration: str) -> Params:
     entry = config["calibrations"][calibration]
-    column = config["datasets"][entry["dataset"]]["text"]
-    return {"column": column, **pick(entry, CALIBRATION_KEYS), **_trust(config, model)}
+    if "mix" in entry:
+        parts = shares(entry)
+        texts = {
+            "columns": [config["datasets"][dataset]["text"] for dataset in parts],
+            "mix": list(parts.values()),
+        }
+    else:
+        texts = {"column": config["datasets"][entry["dataset"]]["text"]}
+    return {**texts, **pick(entry, CALIBRATION_KEYS), **_trust(config, model)}
 
 
 def _compress(config: Config, model: str, compression: str) -> Params:
-    return {**pick(config["compressions"][compression], COMPRESS_KEYS), **_trust(config, model)}
+    entry = config["compressions"][compression]
+    made = {"method": entry["method"]} if entry["method"] == "existing" else settings(entry)
+    return {**made, **_trust(config, model)}
 
 
 def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
@@ -162,6 +165,7 @@ class Stage:
 STAGES = {
     "download_model": Stage("models/{model}", 1, _download_model),
     "download_dataset": Stage("datasets/{dataset}", 1, _download_dataset),
+    "download_checkpoint": Stage("checkpoints/{model}/{compression}", 1, _download_checkpoint),
     "prepare_task": Stage("tasks/{task}", 1, _prepare_task),
     "tokenize": Stage("tokens/{model}/{calibration}", 1, _tokenize),
     "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
@@ -195,7 +199,11 @@ def report_params(config: Config) -> Params:
         "variants": [variant.row() for variant in variants(config)],
         "tasks": list(config["tasks"]),
         "metrics": {task: entry.get("metric") for task, entry in config["tasks"].items()},
-        **{key: config[key] for key in ("compressions", "adapters", "calibrations")},
+        "compressions": {
+            name: settings(entry) | pick(entry, ("calibration",))
+            for name, entry in config["compressions"].items()
+        },
+        **{key: config[key] for key in ("adapters", "calibrations")},
         "version": REPORT_VERSION,
     }
 
@@ -230,7 +238,8 @@ def _data_of(config: Config, task: Config) -> Iterator[Place]:
 
 
 def _calibrated(config: Config, model: str, calibration: str) -> Iterator[Place]:
-    yield place("download_dataset", dataset=config["calibrations"][calibration]["dataset"])
+    for dataset in shares(config["calibrations"][calibration]):
+        yield place("download_dataset", dataset=dataset)
     yield place("tokenize", model=model, calibration=calibration)
 
 
@@ -240,7 +249,11 @@ def _behind(config: Config, variant: Variant) -> Iterator[Place]:
     yield place("download_model", model=model)
     if compression is None:
         return
-    yield from _calibrated(config, model, config["compressions"][compression]["calibration"])
+    entry = config["compressions"][compression]
+    if "calibration" in entry:
+        yield from _calibrated(config, model, entry["calibration"])
+    else:
+        yield place("download_checkpoint", model=model, compression=compression)
     yield place("compress", model=model, compression=compression)
     if adapter is None:
         return

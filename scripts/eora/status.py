@@ -127,6 +127,7 @@ def _shown(value: Any) -> str:
 # Where in the config a stage's keys are; "version" and a few others are elsewhere.
 _SECTIONS = {
     "download_model": "models.{model}",
+    "download_checkpoint": "compressions.{compression}.checkpoint",
     "download_dataset": "datasets.{dataset}",
     "prepare_task": "tasks.{task}",
     "tokenize": "calibrations.{calibration}",
@@ -150,6 +151,8 @@ def _key(config: Config, place: Place, key: str) -> str:
         task = config["tasks"].get(names.get("task"), {})
         calibration = config["calibrations"].get(names.get("calibration"), {})
         return f"datasets.{task.get('perplexity') or calibration.get('dataset')}.text"
+    if key == "columns":
+        key = "mix"
     renamed = {"name": "lm_eval", "download": "dataset", "kind": "lm_eval"}
     last = key.removeprefix("source/").replace("/", ".")
     if place.stage in ("evaluate", "prepare_task"):
@@ -190,6 +193,7 @@ Row = tuple[str, str, str]  # model (or data set, task), compression, adapter wi
 
 _COLUMNS = {
     "download_model": "fetch",
+    "download_checkpoint": "fetch",
     "download_dataset": "fetch",
     "prepare_task": "fetch",
     "tokenize": "tokenize",

@@ -67,7 +67,6 @@ def test_killed_stages_leave_nothing_that_another_run_does_not_mend(small):
     """At random moments, some with the run that started them; from nothing to the same results."""
     before = contents(small)
     small.config["runtime"]["store"] = False
-    small.config["adapters"]["eora"]["bits"] = [4]
     rng = random.Random(SEED)
     chance = min(0.6, KILLS / 20)  # of a stage: a few kills are spread over the workflow
     killed: list[str] = []

@@ -547,7 +547,13 @@ def test_a_tokenizer_without_a_pad_token_does_for_padded_documents(stage, tmp_pa
 
 
 COMPRESS = {"bits": 2, "group_size": 32, "sym": False, "iters": 0, "batch_size": 2, "version": 1}
-COMPRESS |= {"format": "auto_round", "alg_ext": False, "seed": 42}
+COMPRESS |= {
+    "method": "autoround",
+    "keep": [],
+    "format": "auto_round",
+    "alg_ext": False,
+    "seed": 42,
+}
 LAYERS = {
     "misspelt layer": (
         {"keep": ["dwn_proj"]},

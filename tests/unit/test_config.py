@@ -26,6 +26,7 @@ models:
   m: {hub: owner/m, revision: main}
 datasets:
   d: {hub: owner/d, revision: main}
+  e: {hub: owner/e, revision: main}
 calibrations:
   c: {dataset: d, samples: 4, seqlen: 8}
 compressions:
@@ -37,6 +38,11 @@ tasks:
   p: {perplexity: d}
 """
 REMOVE = object()
+EXISTING = {"method": "existing", "model": "m", "checkpoint": {"hub": "o/q", "revision": "main"}}
+
+
+def mixed(**shares):
+    return {"mix": shares, "samples": 4, "seqlen": 8}
 
 
 def put(config, at, value):
@@ -111,11 +117,11 @@ MISTAKES = {
     "no model": ("models", {}, "models: {} should be non-empty; the models to compress"),
     "empty text": ("results", "", "results: '' should be non-empty; folder that all results"),
     # Names of what is not there.
-    "dataset of a calibration": ("calibrations.c.dataset", "x", "no entry 'x'; known: d"),
+    "dataset of a calibration": ("calibrations.c.dataset", "x", "no entry 'x'; known: d, e"),
     "calibration of a compression": ("compressions.w2.calibration", "x", "no entry 'x'; known: c"),
     "calibration of an adapter": ("adapters.e.calibration", "cc", "'cc'; did you mean c?"),
     "dataset of a task": ("tasks.t.dataset", "dd", "'dd'; did you mean d?"),
-    "text of a perplexity": ("tasks.p.perplexity", "x", "datasets has no entry 'x'; known: d"),
+    "text of a perplexity": ("tasks.p.perplexity", "x", "datasets has no entry 'x'; known: d, e"),
     # Settings that clash.
     "asymmetric in auto_gptq": (
         "compressions.w2.format",
@@ -128,10 +134,52 @@ MISTAKES = {
         "AutoRound packs asymmetric 4-bit weights for AWQ kernels, which are not installed",
     ),
     "rank above max_rank": ("adapters.e.max_rank", 6, "8 is above max_rank 6; raise max_rank"),
+    "no calibration": ("compressions.w2.calibration", REMOVE, "missing; it is needed: a packed"),
+    "sparsity of AutoRound": ("compressions.w2.sparsity", "0.5", "goes with sparsegpt, wanda, not"),
+    "iters of GPTQ": (
+        "compressions.w2",
+        {"method": "gptq", "bits": 3, "iters": 20, "calibration": "c"},
+        "goes with autoround, not with gptq; remove it",
+    ),
+    "nothing is left": (
+        "compressions.w2",
+        {"method": "wanda", "sparsity": "4:4", "calibration": "c"},
+        '4 of 4 leaves nothing; take fewer, such as "2:4"',
+    ),
+    "no checkpoint": (
+        "compressions.w2",
+        {"method": "existing", "model": "m"},
+        "missing; it is needed: where an existing checkpoint (",
+    ),
+    "checkpoint of an unknown model": (
+        "compressions.w2",
+        EXISTING | {"model": "n"},
+        "models has no entry 'n'; known: m",
+    ),
+    "checkpoint from nowhere": (
+        "compressions.w2",
+        EXISTING | {"checkpoint": {}},
+        "exactly one of hub, wheel and path (found none)",
+    ),
+    "bits of a checkpoint": (
+        "compressions.w2",
+        EXISTING | {"bits": 4},
+        "goes with autoround, gptq, sparsegpt, wanda, not with existing; remove it",
+    ),
+    "calibration of a checkpoint": (
+        "compressions.w2",
+        EXISTING | {"calibration": "c"},
+        "goes with methods that calibrate, not with existing; remove it",
+    ),
+    "data set and mix": ("calibrations.c.mix", {"d": 0.5, "x": 0.5}, "exactly one of dataset and"),
+    "no data set": ("calibrations.c.dataset", REMOVE, "dataset and mix (found neither)"),
+    "shares of more than all": ("calibrations.c", mixed(d=0.5, e=0.6), "the shares add up to 1.1"),
+    "share of an unknown one": ("calibrations.c", mixed(d=0.5, x=0.5), "no entry 'x'; known: d, e"),
+    "share of no sample": ("calibrations.c", mixed(d=0.9, e=0.1), "e: gives none of 4 samples"),
     "documents for AutoRound": (
         "calibrations.c.layout",
         "documents",
-        "AutoRound wants full windows; set calibrations.c.layout to packed",
+        "compressing wants full windows; set calibrations.c.layout to packed",
     ),
     "window of an lm_eval task": ("tasks.t.window", 8, "goes with perplexity, not with lm_eval"),
     "limit of a perplexity": ("tasks.p.limit", 8, "goes with lm_eval, not with perplexity; remove"),
@@ -169,6 +217,18 @@ NAMED = {
     "rank 0": "adapters.e.ranks.0",
     "rank above max_rank": "adapters.e.ranks",
     "documents for AutoRound": "compressions.w2.calibration",
+    "iters of GPTQ": "compressions.w2.iters",
+    "nothing is left": "compressions.w2.sparsity",
+    "no checkpoint": "compressions.w2.checkpoint",
+    "checkpoint of an unknown model": "compressions.w2.model",
+    "checkpoint from nowhere": "compressions.w2.checkpoint",
+    "bits of a checkpoint": "compressions.w2.bits",
+    "calibration of a checkpoint": "compressions.w2.calibration",
+    "data set and mix": "calibrations.c",
+    "no data set": "calibrations.c",
+    "shares of more than all": "calibrations.c.mix",
+    "share of an unknown one": "calibrations.c.mix.x",
+    "share of no sample": "calibrations.c.mix.e",
     "two ways to judge": "tasks.t",
     "no way to judge": "tasks.t",
     "two sources": "models.m",
@@ -189,7 +249,7 @@ def test_a_mistake_is_one_line_with_its_key_and_mend(case):
 
 # --- every constraint of the schema ---
 
-WRONG = {"string": 3, "integer": "x", "boolean": "x", "array": {}, "object": []}
+WRONG = {"string": 3, "integer": "x", "number": "x", "boolean": "x", "array": {}, "object": []}
 # What fits no pattern is written here, by the pattern.
 UNFIT = {
     SCHEMA["$defs"]["name"]["pattern"]: "a/b",
@@ -197,6 +257,7 @@ UNFIT = {
     "^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$": "package>=1",
     "^[0-9a-f]{64}$": "F" * 64,
     "^(auto|cpu|cuda(:[0-9]+)?)$": "gpu",
+    r"^([1-9]:[1-9][0-9]?|0\.[0-9]+)$": "half",
 }
 # A constraint -> a value that breaks it.
 BREAK = {
@@ -206,6 +267,8 @@ BREAK = {
     "minLength": lambda entry: "",
     "minimum": lambda entry: entry["minimum"] - 1,
     "maximum": lambda entry: entry["maximum"] + 1,
+    "exclusiveMinimum": lambda entry: entry["exclusiveMinimum"],
+    "exclusiveMaximum": lambda entry: entry["exclusiveMaximum"],
     "minItems": lambda entry: [4] * (entry["minItems"] - 1),
     "maxItems": lambda entry: [4] * (entry["maxItems"] + 1),
     "uniqueItems": lambda entry: [4, 4],
@@ -218,6 +281,8 @@ SAYS = {  # what the line says before the key's meaning
     "minLength": "should be non-empty",
     "minimum": "is less than the minimum of",
     "maximum": "is greater than the maximum of",
+    "exclusiveMinimum": "is less than or equal to the minimum of",
+    "exclusiveMaximum": "is greater than or equal to the maximum of",
     "minItems": "",  # "should be non-empty" or "is too short"
     "maxItems": "is too long",
     "uniqueItems": "has non-unique elements",
@@ -263,9 +328,9 @@ CONSTRAINTS = [c for c in constraints() if c[0]]  # an empty path is the file it
 )
 def test_every_constraint_of_the_schema_is_explained(at, keyword, bad, named):
     config = changed()
-    for depth in range(1, len(at)):
-        if at[depth - 1] in ("covariance", "runtime"):
-            config.setdefault(at[depth - 1], {})
+    section = config
+    for key in at[:-1]:
+        section = section.setdefault(key, {})
     put(config, at, bad)
     fired = {error.validator for error in cfg.Draft202012Validator(SCHEMA).iter_errors(config)}
     broken = {"pattern"} if keyword == "propertyNames" else {keyword}
@@ -469,6 +534,8 @@ def test_defaults_are_filled_in_at_every_level():
     }
     assert filled["calibrations"]["c"]["layout"] == "packed"
     assert filled["compressions"]["w2"] == {
+        "method": "autoround",
+        "sparsity": "2:4",
         "bits": 2,
         "calibration": "c",
         "group_size": 128,
@@ -527,6 +594,22 @@ def test_the_config_and_the_schema_are_left_as_they_were(wrong):
     except cfg.ConfigError:
         assert wrong
     assert (config, schema) == (before, SCHEMA)
+
+
+def test_samples_of_a_mix_follow_its_shares():
+    entry = {"samples": 10, "mix": {"a": 0.5, "b": 0.25, "c": 0.25}}
+    assert cfg.shares(entry) == {"a": 5, "b": 3, "c": 2}  # the first of equal rests goes up
+    assert cfg.shares({"samples": 3, "mix": {"a": 0.1, "b": 0.9}}) == {"a": 0, "b": 3}
+    assert cfg.shares({"samples": 7, "dataset": "a"}) == {"a": 7}
+
+
+def test_an_existing_checkpoint_is_of_one_model_alone():
+    config = changed(
+        ("models.n", {"hub": "owner/n", "revision": "main"}), ("compressions.q", EXISTING)
+    )
+    found = {(v.model, v.name) for v in cfg.variants(cfg.validate(config, SCHEMA))}
+    assert {("m", "q"), ("m", "q+e-r4-4bit"), ("n", "w2")} <= found
+    assert not [name for model, name in found if model == "n" and name.startswith("q")]
 
 
 def test_variants_are_the_product_of_what_is_named():
@@ -665,6 +748,17 @@ JOBS = {
         "quantize_adapter": 3 * 3,
         "evaluate": (1 + 3 + 3 * 3 * 2) * 2,
     },
+    "smollm2-paper": {
+        "download_model": 1,
+        "download_dataset": 2,
+        "check_model": 1,
+        "tokenize": 1,
+        "compress": 4,
+        "covariance": 1,
+        "decompose": 4 * 3,
+        "adapter": 4 * 3,
+        "evaluate": 1 + 4 * (1 + 3),
+    },
     "qwen3-32b-2bit": {
         "download_model": 1,
         "download_dataset": 2,
@@ -707,7 +801,7 @@ def test_shipped_configs_ask_for_the_right_jobs(file, tmp_path):
         ),
         pytest.param(
             BASE.replace("perplexity: d", "perplexity: wikitext"),
-            ["- tasks.p.perplexity: datasets has no entry 'wikitext'; known: d"],
+            ["- tasks.p.perplexity: datasets has no entry 'wikitext'; known: d, e"],
             id="reference",
         ),
         pytest.param(

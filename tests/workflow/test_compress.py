@@ -1,16 +1,20 @@
-"""AutoRound's settings, each really run on the tiny model."""
+"""Every method of compression and its settings, each really run on the tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
+from conftest import ROOT, make_model, make_packed
 from eora import architectures, loading, manifest, streaming
 
+ROUNDED = {"bits": 4, "group_size": 32, "sym": True, "keep": []}
 SETTINGS = {
+    "method": "autoround",
     "bits": 4,
     "group_size": 32,
     "sym": True,
@@ -20,47 +24,159 @@ SETTINGS = {
     "alg_ext": False,
     "seed": 42,
     "version": 1,
+    "keep": [],
+}
+# Beside the version; the third: how far weights may be off, at most.
+CASES = {
+    "auto_gptq": (SETTINGS | {"format": "auto_gptq"}, "gptq", 0.2),
+    "alg_ext, keep": (
+        SETTINGS | {"bits": 2, "alg_ext": True, "keep": ["down_proj"]},
+        "auto-round",
+        0.9,
+    ),
+    "3-bit nearest": (SETTINGS | {"bits": 3, "sym": False, "iters": 0}, "auto-round", 0.4),
+    "gptq": (
+        {"method": "gptq", "bits": 3, "group_size": 32, "sym": False, "keep": []},
+        "compressed-tensors",
+        0.4,
+    ),
+    "gptq of rows, keep": (
+        {"method": "gptq", "bits": 4, "group_size": -1, "sym": True, "keep": ["down_proj"]},
+        "compressed-tensors",
+        0.2,
+    ),
+    "sparsegpt 2:4": ({"method": "sparsegpt", "sparsity": "2:4", "keep": []}, None, 0.6),
+    "wanda by half": ({"method": "wanda", "sparsity": "0.5", "keep": ["down_proj"]}, None, 0.4),
+    "wanda 2:4, then 4 bits": (
+        {
+            "method": "wanda",
+            "sparsity": "2:4",
+            "bits": 4,
+            "group_size": 32,
+            "sym": True,
+            "keep": [],
+        },
+        "compressed-tensors",
+        0.5,
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format": "auto_gptq"},
-        {"bits": 2, "alg_ext": True, "keep": ["down_proj"]},
-        {"bits": 3, "sym": False, "iters": 0},
-    ],
-    ids=["auto_gptq", "alg_ext, keep", "3-bit nearest"],
-)
-def test_a_setting_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, change):
-    settings = SETTINGS | change
+def zeros_of_four(weight):
+    """Zeros among every four weights of a row."""
+    return (weight.unflatten(1, (-1, 4)) == 0).sum(dim=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, case):
+    settings, form, largest = CASES[case]
+    settings = settings | {"version": 1}
     model, tokens = pipeline.results / "models/tiny", pipeline.results / "tokens/tiny/rounding"
     command = [sys.executable, ROOT / "scripts/compress.py", "--params", json.dumps(settings)]
     command += ["--model", model, "--tokens", tokens, "--out", tmp_path, "--device", "cpu"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
-    config = json.loads((tmp_path / "model/config.json").read_text())["quantization_config"]
-    method = {"auto_round": "auto-round", "auto_gptq": "gptq"}[settings["format"]]
-    assert config["quant_method"] == method and config["bits"] == settings["bits"]
+    config = json.loads((tmp_path / "model/config.json").read_text()).get("quantization_config")
+    assert (config and config["quant_method"]) == form
     tensors = manifest.tensors(manifest.load(tmp_path))
-    kept = "model.layers.1.mlp.down_proj.weight" in tensors
-    assert kept == ("keep" in settings)
+    if form is not None:
+        kept = "model.layers.1.mlp.down_proj.weight" in tensors
+        assert kept == bool(settings["keep"])
 
     whole, _ = loading.load(tmp_path / "model")
+    exact, _ = loading.load(model / "model")
+    for part in ("lm_head", "model.embed_tokens", "model.norm"):
+        torch.testing.assert_close(
+            whole.get_submodule(part).weight.float(),
+            exact.get_submodule(part).weight,
+            rtol=1e-2,
+            atol=1e-3,
+        )
     assert torch.isfinite(whole(torch.arange(2, 34)[None]).logits).all()
     # The streamed block has the same weights as the whole model, and few bits' worth of error.
     original = streaming.BlockStream(model / "model", "cpu")
     stream = streaming.BlockStream(tmp_path / "model", "cpu")
     with stream.block(1) as block, original.block(1) as exact:
-        for name, layer in architectures.linear_layers(block).items():
+        found = architectures.linear_layers(block)
+        assert found.keys() == architectures.linear_layers(exact).keys()
+        for name, layer in found.items():
             weight = architectures.dense_weight(layer)
             loaded = whole.get_submodule(f"model.layers.1.{name}").weight
             # AutoRound loads in 16 bits whatever the checkpoint's dtype, and saves kept layers so.
             torch.testing.assert_close(weight, loaded, rtol=1e-2, atol=1e-3, check_dtype=False)
             reference = exact.get_submodule(name).weight
             error = ((weight - reference).norm() / reference.norm()).item()
-            if "keep" in settings and name == "mlp.down_proj":
+            if name == "mlp.down_proj" and settings["keep"]:
                 assert error < 0.01
-            else:
-                assert 0 < error < {2: 0.9, 3: 0.4, 4: 0.2}[settings["bits"]]
+                continue
+            assert 0 < error < largest
+            if settings.get("sparsity") == "2:4":
+                assert (zeros_of_four(weight) >= 2).all()
+            elif "sparsity" in settings:
+                assert (weight == 0).double().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def adopt(pipeline, tmp_path, checkpoint):
+    """Run the compress stage on an existing checkpoint; its exit code and output."""
+    sealed = tmp_path / "checkpoint"
+    (sealed / "model").mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        (sealed / "model" / file.name).write_bytes(file.read_bytes())
+    manifest.seal(sealed, {"stage": "download_model", "params": {}, "inputs": {}, "tools": {}})
+    params = json.dumps({"method": "existing", "version": 1})
+    command = [sys.executable, ROOT / "scripts/compress.py", "--params", params]
+    command += ["--model", pipeline.results / "models/tiny", "--checkpoint", sealed]
+    command += ["--out", tmp_path / "out", "--device", "cpu"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def test_a_checkpoint_is_taken_over_as_it_is(pipeline):
+    """The pipeline's w4, which llm-compressor rounded: byte for byte, with each block's error."""
+    made = pipeline.results / "compressed/tiny/w4"
+    for file in (pipeline.folder / "sources/packed").glob("*.safetensors"):
+        assert (made / "model" / file.name).read_bytes() == file.read_bytes()
+    errors = manifest.load(made)["notes"]["weight_error"]
+    assert len(errors) == 3 and all(0.02 < error < 0.2 for error in errors.values())
+
+
+def test_autorounds_checkpoint_is_taken_over(pipeline, tmp_path):
+    code, output = adopt(pipeline, tmp_path, pipeline.results / "compressed/tiny/w2/model")
+    assert code == 0, output
+
+
+def test_a_checkpoint_of_another_model_is_refused(pipeline, tmp_path):
+    make_packed(make_model(tmp_path / "other", seed=3), tmp_path / "packed")
+    code, output = adopt(pipeline, tmp_path, tmp_path / "packed")
+    assert code == 1 and "Traceback" not in output
+    # Their norms are all ones: what differs first is a layer.
+    assert "is no compressed form of the model in" in output and "% off; is this the" in output
+
+
+def test_a_checkpoint_with_fewer_blocks_is_refused(pipeline, tmp_path):
+    make_packed(make_model(tmp_path / "short", layers=2), tmp_path / "packed")
+    code, output = adopt(pipeline, tmp_path, tmp_path / "packed")
+    assert code == 1 and "2 blocks for 3" in output
+
+
+def test_a_checkpoint_that_rescales_what_its_layers_read_is_refused(pipeline, tmp_path):
+    """As AWQ and SmoothQuant do: the difference of weights is then not the layer's error."""
+    shutil.copytree(pipeline.folder / "sources/packed", tmp_path / "scaled")
+    weights = load_file(tmp_path / "scaled/model.safetensors")
+    weights["model.layers.2.input_layernorm.weight"] *= 0.9
+    save_file(weights, tmp_path / "scaled/model.safetensors", {"format": "pt"})
+    code, output = adopt(pipeline, tmp_path, tmp_path / "scaled")
+    assert code == 1 and "Traceback" not in output
+    assert "model.layers.2.input_layernorm.weight is not the original's (10% off)" in output
+    assert "as after AWQ or SmoothQuant" in output
+
+
+def test_a_format_that_is_not_read_is_named(pipeline, tmp_path):
+    shutil.copytree(pipeline.folder / "sources/packed", tmp_path / "awq")
+    config = json.loads((tmp_path / "awq/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    (tmp_path / "awq/config.json").write_text(json.dumps(config))
+    code, output = adopt(pipeline, tmp_path, tmp_path / "awq")
+    assert code == 1 and "Traceback" not in output, output
+    assert "its weights are stored as awq" in output and "auto-round, gptq" in output

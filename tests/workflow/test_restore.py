@@ -131,19 +131,9 @@ def test_a_killed_shard_restarts_at_that_shard(small, done):
     assert not (shard / manifest.NAME).exists()
     assert (shard.parent / "0-of-2/hidden.safetensors").exists()
 
-    _, computed = run(small)
+    _, computed = run(small, "--until", "adapter")
     assert "covariance/tiny/moments/1-of-2" in computed
     assert not any(re.match("covariance.*0-of-2|tokenize|compress", stage) for stage in computed)
-    assert unsummed(contents(small)) == unsummed(before)
-
-
-def test_without_the_store_all_is_computed_and_comes_out_the_same(small):
-    """Seeds: the remake of each stage is bit-identical on this machine."""
-    before = contents(small)
-    small.config["runtime"]["store"] = False
-    restored, computed = run(small, "--forcerun", "download_model", "download_dataset")
-    assert not restored
-    assert {"compress/tiny/w2", "evaluate/tiny/w2+eora-r8-4bit/text"} <= computed
     assert unsummed(contents(small)) == unsummed(before)
 
 

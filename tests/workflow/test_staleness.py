@@ -36,13 +36,16 @@ def every_job(config: dict[str, Any]) -> set[Job]:
         found |= {job("download_model", model=model), job("check_model", model=model)}
         found |= {job("tokenize", model=model, calibration=c) for c in config["calibrations"]}
         found |= {job("evaluate", model=model, task=task) for task in config["tasks"]}
-        for compression in config["compressions"]:
-            found |= set(jobs_of_compression(config, model=model, compression=compression))
+        for compression, entry in config["compressions"].items():
+            if entry.get("model", model) == model:
+                found |= set(jobs_of_compression(config, model=model, compression=compression))
     return found
 
 
 def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
     yield job("compress", **names)
+    if "checkpoint" in config["compressions"][names["compression"]]:
+        yield job("download_checkpoint", **names)
     yield from (job("evaluate", **names, task=task) for task in config["tasks"])
     shards = config.get("covariance", {}).get("shards", 1)
     for adapter, entry in config["adapters"].items():
@@ -86,6 +89,7 @@ VARIANT = re.compile(
 )
 MESSAGES = {
     "download_model": r"Fetching model (?P<model>\S+)",
+    "download_checkpoint": r"Fetching checkpoint (?P<compression>\S+) of (?P<model>\S+)",
     "download_dataset": r"Fetching data set (?P<dataset>\S+)",
     "prepare_task": r"Preparing task (?P<task>\S+)",
     "check_model": r"Checking model (?P<model>\S+)",
@@ -143,16 +147,21 @@ RUNS = ("missing", "stale", "follows")
 def plan(pipeline, config=None) -> tuple[set[Job], list[str]]:
     """The jobs that a dry run lists, which `status` must agree with, and status's reasons."""
     file = pipeline.write(config)
-    script = pipeline.root / "scripts/status.py"
     dry = pipeline.start(*pipeline.command(file, "--dry-run"))
-    status = pipeline.start(sys.executable, script, "--config", file, "--json")
-    output, told = dry.communicate()[0], status.communicate()[0]
+    seen, reasons = told_by_status(pipeline, file)
+    output = dry.communicate()[0]
     assert dry.returncode == 0, output[-3000:]
+    assert seen == read_dry_run(output)
+    return seen, reasons
+
+
+def told_by_status(pipeline, file) -> tuple[set[Job], list[str]]:
+    """The jobs that `status` names, which are those of Snakemake's own summary, and its reasons."""
+    script = pipeline.root / "scripts/status.py"
+    status = pipeline.start(sys.executable, script, "--config", file, "--json")
+    told = status.communicate()[0]
     assert status.returncode == 0, told[-3000:]
-    jobs = read_dry_run(output)
-    seen, reasons = read_status(told)
-    assert seen == jobs
-    return jobs, reasons
+    return read_status(told)
 
 
 # --- The table: one row for each key of the schema. ---
@@ -188,19 +197,28 @@ def drop(section: str, name: str) -> Callable:
 
 
 WHEEL = {"wheel": "other==1", "sha256": "0" * 64, "member": "m"}
+HUB = {"hub": "tiny/other", "revision": "f" * 40}
+GPTQ = {"method": "gptq", "bits": 3, "group_size": 32, "calibration": "rounding"}
 CALIBRATION = {"dataset": "sentences", "samples": 5, "seqlen": 32}
-OF_TINY = [some(model="tiny")]
+
+
+def of_model(model: str) -> Callable[[Job], bool]:
+    """All that follows from a model; a checkpoint's files are what they are."""
+    return lambda found: found[0] != "download_checkpoint" and some(model=model)(found)
+
+
+OF_TINY = [of_model("tiny")]
 OF_TWIN = [some(model="twin")]
 JUDGED_CHOICE = [some("evaluate", task="choice")]
 JUDGED_TEXT = [some("evaluate", task="text")]
 # What follows from the data that AutoRound sees, and from those that the moments are taken on.
-ROUNDING = [some("tokenize", calibration="rounding"), some(*AFTER_COMPRESS, compression=".+")]
+ROUNDING = [some("tokenize", calibration="rounding"), some(*AFTER_COMPRESS, compression="w2")]
 MOMENTS = [some("tokenize", calibration="moments"), some("covariance")]
 MOMENTS += [some(*AFTER_DECOMPOSE, adapter=".+")]
 OF_MORE = [some("download_dataset", dataset="more"), *MOMENTS]
 OF_SENTENCES = [some("download_dataset", dataset="sentences"), *ROUNDING, *JUDGED_TEXT]
 OF_W2 = [some(*AFTER_COMPRESS, compression="w2")]
-OF_W4 = [some(*AFTER_COMPRESS, compression="w4")]
+OF_W4 = [some("download_checkpoint", *AFTER_COMPRESS, compression="w4")]
 FITTED = [some(*AFTER_DECOMPOSE, adapter="eora")]
 NOTHING: list = []
 
@@ -227,7 +245,9 @@ TABLE = {
     "models.*.member": Row(edit(("models/tiny", WHEEL | {"member": "n"})), OF_TINY),
     "models.*.path": Row(edit(("models/tiny/path", "sources/other")), OF_TINY),
     "models.*.dtype": Row(edit(("models/twin/dtype", "float16")), NOTHING),
-    "models.*.trust_remote_code": Row(edit(("models/tiny/trust_remote_code", True)), OF_TINY),
+    "models.*.trust_remote_code": Row(
+        edit(("models/tiny/trust_remote_code", True)), [some(model="tiny")]
+    ),
     "datasets.*.hub": Row(edit(("datasets/more/hub", "tiny/other")), OF_MORE),
     "datasets.*.revision": Row(edit(("datasets/more/revision", "f" * 40)), OF_MORE),
     "datasets.*.name": Row(edit(("datasets/more/name", "en")), OF_MORE),
@@ -255,10 +275,25 @@ TABLE = {
     "compressions.*.sym": Row(edit(("compressions/w2/sym", True)), OF_W2),
     "compressions.*.iters": Row(edit(("compressions/w2/iters", 2)), OF_W2),
     "compressions.*.batch_size": Row(edit(("compressions/w2/batch_size", 2)), OF_W2),
-    "compressions.*.format": Row(edit(("compressions/w4/format", "auto_gptq")), OF_W4),
-    "compressions.*.alg_ext": Row(edit(("compressions/w4/alg_ext", True)), OF_W4),
-    "compressions.*.keep": Row(edit(("compressions/w4/keep", ["down_proj"])), OF_W4),
+    "compressions.*.format": Row(
+        edit(("compressions/w2/format", "auto_gptq"), ("compressions/w2/sym", True)), OF_W2
+    ),
+    "compressions.*.alg_ext": Row(edit(("compressions/w2/alg_ext", True)), OF_W2),
+    "compressions.*.keep": Row(edit(("compressions/w2/keep", ["down_proj"])), OF_W2),
     "compressions.*.seed": Row(edit(("compressions/w2/seed", 7)), OF_W2),
+    "compressions.*.method": Row(edit(("compressions/w2", GPTQ)), OF_W2),
+    "compressions.*.sparsity": Row(
+        edit(("compressions/w2", GPTQ | {"method": "wanda", "sparsity": "0.5"})), OF_W2
+    ),
+    "compressions.*.model": Row(edit(("compressions/w4/model", "twin")), NOTHING, why=""),
+    "compressions.*.checkpoint.hub": Row(edit(("compressions/w4/checkpoint", HUB)), OF_W4),
+    "compressions.*.checkpoint.revision": Row(edit(("compressions/w4/checkpoint", HUB)), OF_W4),
+    "compressions.*.checkpoint.wheel": Row(edit(("compressions/w4/checkpoint", WHEEL)), OF_W4),
+    "compressions.*.checkpoint.sha256": Row(edit(("compressions/w4/checkpoint", WHEEL)), OF_W4),
+    "compressions.*.checkpoint.member": Row(edit(("compressions/w4/checkpoint", WHEEL)), OF_W4),
+    "compressions.*.checkpoint.path": Row(
+        edit(("compressions/w4/checkpoint/path", "sources/other")), OF_W4
+    ),
     "adapters.*.calibration": Row(edit(("adapters/eora/calibration", "rounding")), FITTED),
     "adapters.*.ranks": Row(edit(("adapters/eora/ranks", [4, 8, 12])), NOTHING, why=""),
     "adapters.*.max_rank": Row(edit(("adapters/eora/max_rank", 24)), FITTED),
@@ -328,7 +363,7 @@ def others(pipeline):
     make_questions(pipeline.folder / "sources/others.jsonl")
 
 
-def check(pipeline, row: Row) -> list[str]:
+def check(pipeline, row: Row, dry_run: bool = True) -> list[str]:
     """Plan the changed config; assert its jobs; return the reasons that status gives."""
     config = copy.deepcopy(pipeline.config)
     row.change(config)
@@ -337,7 +372,10 @@ def check(pipeline, row: Row) -> list[str]:
     expected |= after - before
     if expected or row.report or before - after:
         expected.add(REPORT)
-    jobs, reasons = plan(pipeline, config)
+    if dry_run:
+        jobs, reasons = plan(pipeline, config)
+    else:
+        jobs, reasons = told_by_status(pipeline, pipeline.write(config))
     assert jobs == expected
     return reasons
 
@@ -345,7 +383,7 @@ def check(pipeline, row: Row) -> list[str]:
 @pytest.mark.parametrize("key", TABLE)
 def test_one_key(pipeline, others, key):
     row = TABLE[key]
-    reasons = check(pipeline, row)
+    reasons = check(pipeline, row, dry_run=False)  # which agrees with status in the rows below
     if row.again and key != "results":
         section, _, last = key.replace("*", "entry").partition(".entry.")
         why = row.why if row.why is not None else rf"{section}\.\w+\.{last}: "
@@ -375,6 +413,15 @@ CHANGES = {
     ),
     "two other values are swapped": Row(
         edit(("tasks/text/window", 4), ("tasks/text/windows", 32)), JUDGED_TEXT
+    ),
+    "a calibration becomes a mix": Row(
+        edit(
+            (
+                "calibrations/moments",
+                {"mix": {"more": 0.75, "sentences": 0.25}, "samples": 12, "seqlen": 24},
+            )
+        ),
+        MOMENTS,
     ),
     "two entries are swapped": Row(
         lambda config: config["compressions"].update(
@@ -443,11 +490,12 @@ def test_comments_and_key_order(pipeline):
 
 
 VERSIONS = {
-    "download_model": [some(model=".+")],
+    "download_model": [of_model(".+")],
+    "download_checkpoint": OF_W4,
     "download_dataset": [some("download_dataset"), *ROUNDING, *MOMENTS, some("evaluate")],
     "prepare_task": [some("prepare_task"), *JUDGED_CHOICE],
     "tokenize": [*ROUNDING, *MOMENTS],
-    "compress": OF_W2 + OF_W4,
+    "compress": [some(*AFTER_COMPRESS, compression=".+")],
     "covariance": [some("covariance"), *FITTED],
     "decompose": FITTED,
     "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
@@ -517,8 +565,9 @@ LOST = {
     "tasks/choice": [some("prepare_task"), *JUDGED_CHOICE],
     "tokens/tiny/rounding": [
         some("tokenize", model="tiny", calibration="rounding"),
-        some(*AFTER_COMPRESS, model="tiny", compression=".+"),
+        some(*AFTER_COMPRESS, model="tiny", compression="w2"),
     ],
+    "checkpoints/tiny/w4": OF_W4,
     "compressed/tiny/w2": [some(*AFTER_COMPRESS, model="tiny", compression="w2")],
     # The hidden states that the last shard starts from are gone: the first makes them again.
     "covariance/tiny/moments/1-of-2": [

@@ -161,6 +161,34 @@ def refuse_doubles():
         )
 
 
+# --- tokenize.smk ---
+
+
+def datasets_of(wc):
+    """Folders of the data sets that a calibration is cut from."""
+    return [f"datasets/{name}" for name in cfg.shares(config["calibrations"][wc.calibration])]
+
+
+# --- compress.smk ---
+
+
+def compress_inputs(wc):
+    """What a model is compressed by: calibration samples, or the existing checkpoint."""
+    entry = config["compressions"][wc.compression]
+    if "checkpoint" in entry:
+        key, folder, name = "checkpoint", f"checkpoints/{wc.model}/{wc.compression}", "model"
+    else:
+        key, folder = "tokens", f"tokens/{wc.model}/{entry['calibration']}"
+        name = "tokens.safetensors"
+    return {key: made(folder), f"{key}_files": ancient(f"{RESULTS}/{folder}/{name}")}
+
+
+def compress_options(input):
+    """The script's argument for that."""
+    (key,) = {"checkpoint", "tokens"} & set(input.keys())
+    return [f"--{key}", input[key]]
+
+
 # --- covariance.smk ---
 
 

@@ -1,19 +1,14 @@
-# A model and its calibration samples -> the model in few bits, by AutoRound.
+# A model and its calibration samples -> the model in few bits or with few weights; or a checkpoint
+# that somebody compressed, looked at and taken over.
 # Out: compressed/{model}/{compression}/model
 
 
 rule compress:
-    """Quantize every linear layer of the decoder; embeddings and head stay as they are."""
+    """Compress every linear layer of the decoder; embeddings and head stay as they are."""
     input:
+        unpack(compress_inputs),
         model=made("models/{model}"),
         model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
-        tokens=lambda wc: made(
-            f"tokens/{wc.model}/{config['compressions'][wc.compression]['calibration']}"
-        ),
-        tokens_file=lambda wc: ancient(
-            f"{RESULTS}/tokens/{wc.model}/"
-            f"{config['compressions'][wc.compression]['calibration']}/tokens.safetensors"
-        ),
     output:
         manifest=made("compressed/{model}/{compression}"),
         model=directory(f"{RESULTS}/compressed/{{model}}/{{compression}}/model"),
@@ -25,7 +20,8 @@ rule compress:
         "../../envs/environment.yaml"
     threads: THREADS
     resources:
-        gpu=1,
+        # An existing checkpoint is compared on the CPU.
+        gpu=lambda wc: int("calibration" in config["compressions"][wc.compression]),
         device=RUNTIME["device"],
         mem_mb=sized("compress", "mem_mb"),
         gpu_mem_mb=sized("compress", "gpu_mem_mb"),
@@ -34,8 +30,9 @@ rule compress:
         script=script("compress"),
         spec=spec("compress"),
         store=kept(),
+        given=lambda wc, input: compress_options(input),
     message:
         "Compressing {wildcards.model} to {wildcards.compression}"
     shell:
-        "python {params.script:q} --params {params.spec:q} --model {input.model:q} --tokens {input.tokens:q}"
+        "python {params.script:q} --params {params.spec:q} --model {input.model:q} {params.given:q}"
         " --device {resources.device} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -1,10 +1,12 @@
-# Models and data sets from a hub, a wheel or a local path, and the data of lm-eval's tasks.
-# Out: models/{model}/model, datasets/{dataset}/data, tasks/{task}/task.json
+# Models, compressed models and data sets from a hub, a wheel or a local path, and the data of
+# lm-eval's tasks.
+# Out: models/{model}/model, checkpoints/{model}/{compression}/model, datasets/{dataset}/data, tasks/{task}/task.json
 # Only the rules of this file touch the network.
 
 
 localrules:
     download_model,
+    download_checkpoint,
     download_dataset,
     prepare_task,
 
@@ -30,6 +32,32 @@ rule download_model:
         path=lambda wc, input: path_option(config["models"][wc.model]),
     message:
         "Fetching model {wildcards.model}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} {params.path:q}"
+        " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
+
+
+rule download_checkpoint:
+    """Fetch a model that somebody compressed; its layers are looked at when it is taken over."""
+    output:
+        manifest=made("checkpoints/{model}/{compression}"),
+        model=directory(f"{RESULTS}/checkpoints/{{model}}/{{compression}}/model"),
+    log:
+        f"{RESULTS}/logs/download_checkpoint/{{model}}/{{compression}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_checkpoint/{{model}}/{{compression}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        script=script("download_model"),
+        spec=spec("download_checkpoint"),
+        store=kept(),
+        path=lambda wc, input: path_option(config["compressions"][wc.compression]["checkpoint"]),
+    message:
+        "Fetching checkpoint {wildcards.compression} of {wildcards.model}"
     shell:
         "python {params.script:q} --params {params.spec:q} {params.path:q}"
         " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -1,4 +1,4 @@
-# A model's tokenizer and a data set -> calibration samples; the gate to all work on a model.
+# A model's tokenizer and data sets -> calibration samples; the gate to all work on a model.
 # Out: tokens/{model}/{calibration}/tokens.safetensors
 
 
@@ -34,14 +34,12 @@ rule check_model:
 
 
 rule tokenize:
-    """Cut a data set into a model's calibration samples."""
+    """Cut a data set, or a mix of several, into a model's calibration samples."""
     input:
         model=made("models/{model}"),
         model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
-        dataset=lambda wc: made(f"datasets/{config['calibrations'][wc.calibration]['dataset']}"),
-        dataset_files=lambda wc: ancient(
-            f"{RESULTS}/datasets/{config['calibrations'][wc.calibration]['dataset']}/data"
-        ),
+        datasets=lambda wc: [made(folder) for folder in datasets_of(wc)],
+        dataset_files=lambda wc: [ancient(f"{RESULTS}/{folder}/data") for folder in datasets_of(wc)],
         checked=ancient(f"{RESULTS}/models/{{model}}/model.checked"),
     output:
         manifest=made("tokens/{model}/{calibration}"),
@@ -59,8 +57,9 @@ rule tokenize:
         script=script("tokenize_text"),
         spec=spec("tokenize"),
         store=kept(),
+        datasets=lambda wc, input: [part for d in input.datasets for part in ("--dataset", d)],
     message:
         "Tokenizing {wildcards.calibration} for {wildcards.model}"
     shell:
         "python {params.script:q} --params {params.spec:q} --model {input.model:q}"
-        " --dataset {input.dataset:q} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
+        " {params.datasets:q} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

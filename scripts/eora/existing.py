@@ -1,0 +1,113 @@
+"""Checkpoints that somebody else compressed: taken over as they are, after a look at each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from eora import sources
+from eora.architectures import dense_weight, linear_layers
+from eora.errors import Mistake
+from eora.loading import COMPRESSED_TENSORS, quantization_format
+from eora.streaming import BlockStream
+
+FORMATS = ("auto-round", "gptq", COMPRESSED_TENSORS)
+# Norms and biases are stored in 16 bits on both sides at worst: that far they may differ.
+ROUNDING = 0.01
+# Of the weights' norm: 2-bit rounding costs up to a half of it, another model's weights 1.4.
+LARGEST_ERROR = 0.9
+
+
+def _check_format(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse formats that cannot be read layer by layer."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    form = quantization_format(config)
+    if form is not None and form not in FORMATS:
+        raise Mistake(
+            f"{folder}: its weights are stored as {form}, which is not read here; "
+            f"name a checkpoint in the format of {', '.join(FORMATS)}"
+            + (" (AWQ also rescales what its layers read)" if form == "awq" else "")
+        )
+
+
+def _check_activations(checkpoint: BlockStream, folder: Path) -> None:
+    """Refuse layers that round their inputs."""
+    for name, layer in checkpoint.model.named_modules():
+        scheme = getattr(layer, "quantization_scheme", None)
+        if scheme is not None and scheme.input_activations is not None:
+            raise Mistake(
+                f"{folder}: {name} rounds its inputs too, and an adapter repairs weights alone; "
+                "name a checkpoint with weights in few bits and activations in 16"
+            )
+
+
+def _shapes(block: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(dense_weight(x).shape) for name, x in linear_layers(block).items()}
+
+
+def _differences(exact: torch.nn.Module, rounded: torch.nn.Module) -> Iterator[tuple[str, float]]:
+    """Each tensor that both blocks hold plainly, and how far it differs, relative to its norm."""
+    theirs = dict(rounded.named_parameters())
+    layers = tuple(f"{name}." for name in linear_layers(exact))
+    for name, tensor in exact.named_parameters():
+        if name in theirs and not name.startswith(layers) and tensor.shape == theirs[name].shape:
+            gap = (tensor.float() - theirs[name].float()).norm()
+            yield name, (gap / tensor.float().norm().clamp(min=1e-12)).item()
+
+
+def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict[str, float]:
+    """Compare every layer of a checkpoint with the original's, block by block, on the CPU.
+
+    Returns:
+        Block's name -> relative error of its linear layers' weights, ||W - W'|| / ||W||.
+
+    Raises:
+        Mistake: the checkpoint is of another model, in a format that is not read, or computes its
+            layers from other inputs than the original does (AWQ and SmoothQuant rescale them): the
+            difference of weights is then not the error of the layer.
+    """
+    _check_format(folder, trust_remote_code)
+    exact_model = BlockStream(original, "cpu", trust_remote_code=trust_remote_code)
+    rounded_model = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
+    _check_activations(rounded_model, folder)
+    another = f"{folder} is no compressed form of the model in {original}"
+    if len(exact_model) != len(rounded_model):
+        raise Mistake(f"{another}: {len(rounded_model)} blocks for {len(exact_model)}")
+    errors = {}
+    for index in tqdm(range(len(exact_model)), desc="blocks", unit="block"):
+        with exact_model.block(index) as exact, rounded_model.block(index) as rounded:
+            where = exact_model.name(index)
+            if _shapes(exact) != _shapes(rounded):
+                raise Mistake(f"{another}: the linear layers of {where} are others")
+            for name, gap in _differences(exact, rounded):
+                if gap > ROUNDING:
+                    raise Mistake(
+                        f"{folder}: {where}.{name} is not the original's ({gap:.0%} off): layers "
+                        "read rescaled inputs, as after AWQ or SmoothQuant, or the model was "
+                        "fine-tuned; name a checkpoint that left it as it was, or the model that "
+                        "was compressed"
+                    )
+            approximate = linear_layers(rounded)
+            lost = total = 0.0
+            for name, layer in linear_layers(exact).items():
+                weight = dense_weight(layer).float()
+                gap = (weight - dense_weight(approximate[name]).float()).square().sum().item()
+                size = weight.square().sum().item()
+                if not gap <= LARGEST_ERROR**2 * size:  # NaN too
+                    raise Mistake(
+                        f"{another}: {where}.{name} is {(gap / size) ** 0.5:.0%} off; is this the "
+                        "model and the revision that was compressed?"
+                    )
+                lost, total = lost + gap, total + size
+            errors[where] = (lost / total) ** 0.5
+    return errors
+
+
+def take(folder: Path, out: Path) -> None:
+    """Put the checkpoint's files into ``out``, a new folder."""
+    for file in sorted(folder.iterdir()):
+        sources.link(file, out / file.name)

@@ -1,0 +1,114 @@
+"""GPTQ (arXiv 2210.17323), SparseGPT (2301.00774) and Wanda (2306.11695), by llm-compressor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from eora import layers
+
+
+def pattern(sparsity: str) -> tuple[float, str]:
+    """The share of weights that become zero, and llm-compressor's name of the mask's structure.
+
+    Args:
+        sparsity: ``2:4`` (two of every four along a layer's input), or a share such as ``0.5``.
+    """
+    zeros, _, of = sparsity.partition(":")
+    return (int(zeros) / int(of), sparsity) if of else (float(zeros), "0:0")
+
+
+def _groups(bits: int, group_size: int, sym: bool) -> dict[str, Any]:
+    """compressed-tensors' scheme of integer weights; -1 is a whole row."""
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": sym}
+    if group_size > 0:
+        weights |= {"strategy": "group", "group_size": group_size}
+    else:
+        weights |= {"strategy": "channel"}
+    return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+def compress(
+    folder: Path,
+    out: Path,
+    input_ids: Tensor,
+    *,
+    method: str,
+    keep: list[str],
+    device: str,
+    bits: int | None = None,
+    group_size: int = -1,
+    sym: bool = False,
+    sparsity: str = "",
+    trust_remote_code: bool = False,
+) -> None:
+    """Compress the decoder's linear layers block by block; save a folder that transformers loads.
+
+    Rounded layers are packed (compressed-tensors); a pruned model that is not rounded is a plain
+    checkpoint with zeros in it. What was pruned is rounded to nearest, which leaves zeros at zero:
+    llm-compressor's GPTQ would spread its errors to them.
+
+    Args:
+        folder: the original model; all of it is in host memory, a block at a time on the device.
+        out: the folder to make.
+        input_ids: (samples, seqlen) calibration tokens, every sample full.
+        method: ``gptq``, or ``sparsegpt`` or ``wanda``, which prune.
+        keep: layers left as they are: parts of their names.
+        device: cpu, cuda or cuda:N; llm-compressor takes the first GPU that it sees.
+        bits: of the rounding; None does not round.
+        group_size: weights that share a scale; -1 is a whole row.
+        sym: no zero points.
+        sparsity: see :func:`pattern`; of the methods that prune.
+
+    Raises:
+        Mistake: the settings do not fit the model's layers.
+    """
+    layers.check_plain(folder, method, trust_remote_code)
+    groups = -1 if bits is None else group_size
+    chosen = set(layers.chosen(folder, groups, keep, trust_remote_code))
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from loguru import logger
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.disable("llmcompressor.utils.metric_logging")  # two lines a layer
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ignore = sorted(linear - chosen)
+    samples = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in input_ids.long()]
+    calibrated = {
+        "dataset": DataLoader(samples, batch_size=1),
+        "num_calibration_samples": len(samples),
+        "max_seq_length": input_ids.shape[1],
+        "pipeline": "sequential",
+    }
+    common = {"tokenizer": tokenizer, "trust_remote_code_model": trust_remote_code}
+    rounding = None if bits is None else _groups(bits, group_size, sym)
+    if method == "gptq":
+        gptq = GPTQModifier(config_groups=rounding, ignore=ignore)
+        oneshot(model, recipe=[gptq], **calibrated, **common)
+    else:
+        share, structure = pattern(sparsity)
+        kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+        # By name: of a class's layers it prunes those that it is told to ignore, the head too.
+        pruner = kind(sparsity=share, mask_structure=structure, targets=sorted(chosen))
+        oneshot(model, recipe=[pruner], **calibrated, **common)
+        if rounding is not None:  # by the range of what is left
+            nearest = QuantizationModifier(config_groups=rounding, ignore=ignore)
+            oneshot(model, recipe=[nearest], pipeline="datafree", **common)
+    model.save_pretrained(out, save_compressed=True)
+    tokenizer.save_pretrained(out)
