@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,11 +150,17 @@ def read_parts(results: Path, variant: Mapping[str, Any]) -> Parts:
     compressed = read_manifest(path, "manifest of the compressed model")
     if adapter is None:
         return Parts(original, compressed, None)
-    form = f"r{variant['rank']}-{variant['adapter_bits']}bit"
-    path = results / "adapters" / model / compression / adapter / form / "manifest.json"
+    path = results / adapter_folder(variant, variant["adapter_bits"]) / "manifest.json"
     return Parts(original, compressed, read_manifest(path, "adapter manifest"))
 
 
+def adapter_folder(variant: Mapping[str, Any], bits: int) -> Path:
+    """Where a variant's adapter lies in the results, in this many bits."""
+    names = (variant[key] for key in ("model", "compression", "adapter"))
+    return Path("adapters", *names, f"r{variant['rank']}-{bits}bit")
+
+
+@cache  # of one rank, the same for all bits
 def read_residuals(folder: Path) -> dict[str, list[float]] | None:
     """An adapter's curves, layer -> the objective left at each rank; None where they are not kept.
 
@@ -229,8 +236,7 @@ def variant_rows(results: Path, variant: Mapping[str, Any], plan: Mapping[str, A
     shared = variant_columns(read_parts(results, variant), variant, plan)
     shared["residuals"] = None
     if variant["adapter"] is not None:
-        made = Path("adapters", variant["model"], variant["compression"], variant["adapter"])
-        shared["residuals"] = read_residuals(results / made / f"r{variant['rank']}-16bit")
+        shared["residuals"] = read_residuals(results / adapter_folder(variant, 16))
     folder = results / "evaluations" / variant["model"] / variant["variant"]
     wanted = plan.get("metrics", {})
     rows = [
