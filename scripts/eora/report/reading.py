@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +159,6 @@ def adapter_folder(variant: Mapping[str, Any], bits: int) -> Path:
     return Path("adapters", *names, f"r{variant['rank']}-{bits}bit")
 
 
-@cache  # of one rank, the same for all bits
 def read_residuals(folder: Path) -> dict[str, list[float]] | None:
     """An adapter's curves, layer -> the objective left at each rank; None where they are not kept.
 
