@@ -9,6 +9,9 @@ import typer
 from eora import cli
 from eora.result import Result
 
+# What does it: for an existing checkpoint, what its layers are read with.
+TOOLS = {"autoround": "auto-round", "existing": "auto-round"}
+
 
 @dataclass
 class Params:
@@ -47,17 +50,15 @@ def main(
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    if (spec.method == "existing") == (checkpoint is None) or (tokens is None) == (
-        checkpoint is None
-    ):
+    taken = spec.method == "existing"
+    if taken != (checkpoint is not None) or taken != (tokens is None):
         raise typer.BadParameter("give --checkpoint for the method existing, --tokens for others")
-    tool = {"autoround": ("auto-round",), "existing": ("auto-round",)}
     result = Result(
         out,
         stage="compress",
         params=vars(spec),
         inputs={"model": model, "tokens": tokens, "checkpoint": checkpoint},
-        tools=(*tool.get(spec.method, ("llmcompressor",)), "torch", "transformers"),
+        tools=(TOOLS.get(spec.method, "llmcompressor"), "torch", "transformers"),
         kept=store,
     )
     if result.restored():
