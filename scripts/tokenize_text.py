@@ -50,7 +50,6 @@ def main(
     )
     if result.restored():
         return
-    import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
@@ -60,13 +59,9 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(
             model / "model", trust_remote_code=spec.trust_remote_code
         )
-        parts = [
-            text.windows(
-                text.texts(path / "data", column), tokenizer, count, spec.seqlen, spec.layout
-            )
-            for path, column, count in zip(dataset, columns, counts, strict=True)
-        ]
-        input_ids, lengths = (torch.cat(some) for some in zip(*parts, strict=True))
+        documents = (text.texts(path / "data", c) for path, c in zip(dataset, columns, strict=True))
+        parts = zip(documents, counts, strict=True)
+        input_ids, lengths = text.mixture(parts, tokenizer, spec.seqlen, spec.layout)
         save_file({"input_ids": input_ids, "lengths": lengths}, folder / "tokens.safetensors")
 
 

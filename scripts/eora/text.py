@@ -89,3 +89,19 @@ def windows(
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
     return input_ids, lengths
+
+
+def mixture(
+    parts: Iterable[tuple[Iterable[str], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """Samples of several texts, those of one after those of the other; see :func:`windows`.
+
+    Args:
+        parts: documents, and how many samples to cut from them.
+    """
+    cut = [windows(documents, tokenizer, count, seqlen, layout) for documents, count in parts]
+    input_ids, lengths = (torch.cat(some) for some in zip(*cut, strict=True))
+    return input_ids, lengths

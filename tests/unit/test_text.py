@@ -27,6 +27,16 @@ def test_documents_are_cut_and_padded():
 
 
 @pytest.mark.parametrize("layout", ["packed", "documents"])
+def test_a_mixture_has_the_samples_of_each_text(layout):
+    loud = [sentence.upper() for sentence in SENTENCES]
+    ids, lengths = text.mixture([(SENTENCES, 3), (loud, 2)], TOKENIZER, 16, layout)
+    for some, documents, rows in ((3, SENTENCES, slice(3)), (2, loud, slice(3, 5))):
+        alone = text.windows(documents, TOKENIZER, some, 16, layout)
+        assert ids[rows].equal(alone[0]) and lengths[rows].equal(alone[1])
+    assert len(ids) == len(lengths) == 5
+
+
+@pytest.mark.parametrize("layout", ["packed", "documents"])
 def test_too_little_text_is_refused_with_what_there_is(layout):
     with pytest.raises(Mistake, match="samples: 50 of 16 .*lower it to"):
         text.windows(SENTENCES[:2], TOKENIZER, 50, 16, layout)
