@@ -58,7 +58,12 @@ def main(
         stage="compress",
         params=vars(spec),
         inputs={"model": model, "tokens": tokens, "checkpoint": checkpoint},
-        tools=(TOOLS.get(spec.method, "llmcompressor"), "torch", "transformers"),
+        tools=(
+            TOOLS.get(spec.method, "llmcompressor"),
+            *(() if spec.method == "autoround" else ("compressed-tensors",)),
+            "torch",
+            "transformers",
+        ),
         kept=store,
     )
     if result.restored():
@@ -74,7 +79,8 @@ def main(
             (folder / "model").mkdir()
             existing.take(checkpoint / "model", folder / "model")
             return
-        where = cli.device(device)
+        # llm-compressor takes the first card that it sees.
+        where = cli.device(device if spec.method in TOOLS else cli.alone(device))
         from safetensors.torch import load_file
 
         data = load_file(tokens / "tokens.safetensors")["input_ids"]
@@ -90,9 +96,7 @@ def main(
         else:
             from eora import oneshot
 
-            oneshot.compress(
-                model / "model", folder / "model", data, method=spec.method, device=where, **given
-            )
+            oneshot.compress(model / "model", folder / "model", data, method=spec.method, **given)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(
         stage="decompose",
         params=vars(spec),
         inputs={"model": model, "compressed": compressed, "moments": moments},
-        tools=("torch", "transformers", "auto-round"),
+        tools=("torch", "transformers", "auto-round", "compressed-tensors"),
         kept=store,
     )
     if result.restored():

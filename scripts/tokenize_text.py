@@ -14,15 +14,15 @@ from eora.result import Result
 class Params:
     """Keys: column that holds the text; samples; seqlen (tokens a sample); layout (packed:
     documents joined and cut into full windows; documents: one a sample, padded); version.
-    For several data sets, in the order of --dataset: columns, and mix (the samples of each)."""
+    In place of column, for several data sets: mix, of each by its name, in the order of --dataset,
+    column and samples."""
 
     samples: int
     seqlen: int
     layout: str
     version: int
     column: str | None = None
-    columns: list | None = None
-    mix: list | None = None
+    mix: dict | None = None
     trust_remote_code: bool = False
 
 
@@ -35,9 +35,10 @@ def main(
 ) -> None:
     cli.setup()
     spec = cli.parse(params, Params)
-    columns, counts = spec.columns or [spec.column], spec.mix or [spec.samples]
-    if not len(dataset) == len(columns) == len(counts):
-        raise typer.BadParameter("give as many --dataset as columns and mix have entries")
+    one_part = {"": {"column": spec.column, "samples": spec.samples}}
+    parts = [(part["column"], part["samples"]) for part in (spec.mix or one_part).values()]
+    if len(dataset) != len(parts):
+        raise typer.BadParameter("give as many --dataset as mix has entries")
     one = len(dataset) == 1
     result = Result(
         out,
@@ -59,9 +60,11 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(
             model / "model", trust_remote_code=spec.trust_remote_code
         )
-        documents = (text.texts(path / "data", c) for path, c in zip(dataset, columns, strict=True))
-        parts = zip(documents, counts, strict=True)
-        input_ids, lengths = text.mixture(parts, tokenizer, spec.seqlen, spec.layout)
+        documents = (
+            (text.texts(path / "data", column), count)
+            for path, (column, count) in zip(dataset, parts, strict=True)
+        )
+        input_ids, lengths = text.mixture(documents, tokenizer, spec.seqlen, spec.layout)
         save_file({"input_ids": input_ids, "lengths": lengths}, folder / "tokens.safetensors")
 
 

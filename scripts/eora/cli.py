@@ -132,6 +132,29 @@ def parse(text: str, spec: type[T]) -> T:
 _CLAIMS: list[cards.Claim] = []  # kept until the process ends
 
 
+def alone(name: str) -> str:
+    """Hide all GPUs but the one that is named, for libraries that take the first they see.
+
+    Before torch is imported: it looks once.
+
+    Args:
+        name: as of :func:`device`.
+
+    Returns:
+        What the device is called then.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not name.startswith("cuda:"):
+        return name
+    index = int(name.removeprefix("cuda:"))
+    visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+    if visible and index >= len(visible):
+        return name  # :func:`device` refuses it
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+    return "cuda"
+
+
 def device(name: str) -> str:
     """The torch device of a stage, with a card of its own where several jobs share a machine.
 

@@ -309,13 +309,13 @@ def _calibration_mistakes(where: str, entry: Config, config: Config) -> Iterator
 
 
 def shares(entry: Config) -> dict[str, int]:
-    """Data set -> the samples that a calibration takes of it, in the config's order.
+    """Data set -> the samples that a calibration takes of it, by name: key order means nothing.
 
     Shares that give no whole number of samples go down, and the largest remainders up again.
     """
     if "dataset" in entry:
         return {entry["dataset"]: entry["samples"]}
-    exact = {name: share * entry["samples"] for name, share in entry["mix"].items()}
+    exact = {name: share * entry["samples"] for name, share in sorted(entry["mix"].items())}
     counts = {name: int(amount + 1e-9) for name, amount in exact.items()}
     by_rest = sorted(exact, key=lambda name: counts[name] - exact[name])
     for name in by_rest[: max(0, entry["samples"] - sum(counts.values()))]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from eora import sources
-from eora.architectures import dense_weight, linear_layers
+from eora.architectures import dense_weight, experts, linear_layers
 from eora.errors import Mistake
 from eora.loading import COMPRESSED_TENSORS, quantization_format
 from eora.streaming import BlockStream
@@ -22,8 +22,8 @@ ROUNDING = 0.01
 LARGEST_ERROR = 0.9
 
 
-def _check_format(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse formats that cannot be read layer by layer."""
+def _check_format(folder: Path, trust_remote_code: bool) -> str | None:
+    """The checkpoint's format; refuse those that cannot be read layer by layer."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     form = quantization_format(config)
     if form is not None and form not in FORMATS:
@@ -32,6 +32,20 @@ def _check_format(folder: Path, trust_remote_code: bool) -> None:
             f"name a checkpoint in the format of {', '.join(FORMATS)}"
             + (" (AWQ also rescales what its layers read)" if form == "awq" else "")
         )
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    odd = None
+    if stored.get("desc_act"):
+        odd = "columns in another order (desc_act)"
+    elif form == COMPRESSED_TENSORS:
+        sparse = (stored.get("sparsity_config") or {}).get("format", "dense")
+        groups = stored.get("config_groups") or {}
+        packed = {stored.get("format"), *(group.get("format") for group in groups.values())}
+        if sparse != "dense" or not groups or any("24" in str(name) for name in packed):
+            odd = "sparse weights of an older compressed-tensors"
+    if odd:
+        raise Mistake(f"{folder}: it holds {odd}, which are not read here; name another checkpoint")
+    return form
 
 
 def _check_activations(checkpoint: BlockStream, folder: Path) -> None:
@@ -52,9 +66,9 @@ def _shapes(block: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def _differences(exact: torch.nn.Module, rounded: torch.nn.Module) -> Iterator[tuple[str, float]]:
     """Each tensor that both blocks hold plainly, and how far it differs, relative to its norm."""
     theirs = dict(rounded.named_parameters())
-    layers = tuple(f"{name}." for name in linear_layers(exact))
+    weights = {f"{name}.weight" for name in linear_layers(exact)}
     for name, tensor in exact.named_parameters():
-        if name in theirs and not name.startswith(layers) and tensor.shape == theirs[name].shape:
+        if name in theirs and name not in weights and tensor.shape == theirs[name].shape:
             gap = (tensor.float() - theirs[name].float()).norm()
             yield name, (gap / tensor.float().norm().clamp(min=1e-12)).item()
 
@@ -70,7 +84,7 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
             layers from other inputs than the original does (AWQ and SmoothQuant rescale them): the
             difference of weights is then not the error of the layer.
     """
-    _check_format(folder, trust_remote_code)
+    form = _check_format(folder, trust_remote_code)
     exact_model = BlockStream(original, "cpu", trust_remote_code=trust_remote_code)
     rounded_model = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     _check_activations(rounded_model, folder)
@@ -81,6 +95,11 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
     for index in tqdm(range(len(exact_model)), desc="blocks", unit="block"):
         with exact_model.block(index) as exact, rounded_model.block(index) as rounded:
             where = exact_model.name(index)
+            if experts(exact) and form != "auto-round":
+                raise Mistake(
+                    f"{folder}: existing checkpoints of mixtures of experts are read in the "
+                    "format of AutoRound alone; name one of that kind, or compress the model here"
+                )
             if _shapes(exact) != _shapes(rounded):
                 raise Mistake(f"{another}: the linear layers of {where} are others")
             for name, gap in _differences(exact, rounded):

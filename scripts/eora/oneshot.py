@@ -38,7 +38,6 @@ def compress(
     *,
     method: str,
     keep: list[str],
-    device: str,
     bits: int | None = None,
     group_size: int = -1,
     sym: bool = False,
@@ -51,13 +50,14 @@ def compress(
     checkpoint with zeros in it. What was pruned is rounded to nearest, which leaves zeros at zero:
     llm-compressor's GPTQ would spread its errors to them.
 
+    llm-compressor takes the first GPU that it sees, if any: see :func:`eora.cli.alone`.
+
     Args:
         folder: the original model; all of it is in host memory, a block at a time on the device.
         out: the folder to make.
         input_ids: (samples, seqlen) calibration tokens, every sample full.
         method: ``gptq``, or ``sparsegpt`` or ``wanda``, which prune.
         keep: layers left as they are: parts of their names.
-        device: cpu, cuda or cuda:N; llm-compressor takes the first GPU that it sees.
         bits: of the rounding; None does not round.
         group_size: weights that share a scale; -1 is a whole row.
         sym: no zero points.
@@ -69,8 +69,6 @@ def compress(
     layers.check_plain(folder, method, trust_remote_code)
     groups = -1 if bits is None else group_size
     chosen = set(layers.chosen(folder, groups, keep, trust_remote_code))
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
     import torch
     from llmcompressor import oneshot

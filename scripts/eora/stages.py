@@ -85,10 +85,11 @@ def _prepare_task(config: Config, task: str) -> Params:
 def _tokenize(config: Config, model: str, calibration: str) -> Params:
     entry = config["calibrations"][calibration]
     if "mix" in entry:
-        parts = shares(entry)
         texts = {
-            "columns": [config["datasets"][dataset]["text"] for dataset in parts],
-            "mix": list(parts.values()),
+            "mix": {
+                dataset: {"column": config["datasets"][dataset]["text"], "samples": samples}
+                for dataset, samples in shares(entry).items()
+            }
         }
     else:
         texts = {"column": config["datasets"][entry["dataset"]]["text"]}

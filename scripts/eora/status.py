@@ -150,9 +150,8 @@ def _key(config: Config, place: Place, key: str) -> str:
     if key == "column":
         task = config["tasks"].get(names.get("task"), {})
         calibration = config["calibrations"].get(names.get("calibration"), {})
-        return f"datasets.{task.get('perplexity') or calibration.get('dataset')}.text"
-    if key == "columns":
-        key = "mix"
+        dataset = task.get("perplexity") or calibration.get("dataset")
+        return f"datasets.{dataset}.text" if dataset else f"calibrations.{names['calibration']}.mix"
     renamed = {"name": "lm_eval", "download": "dataset", "kind": "lm_eval"}
     last = key.removeprefix("source/").replace("/", ".")
     if place.stage in ("evaluate", "prepare_task"):

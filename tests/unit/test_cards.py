@@ -254,3 +254,21 @@ def test_a_job_keeps_its_card_to_its_end(machine, job, monkeypatch):
     assert cli.device("auto") == "cuda" and os.environ[cards.VISIBLE] == "GPU-aa11-0"
     waits(job())
     assert working(job(CUDA_VISIBLE_DEVICES="0,2")) == "GPU-bb33-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "then", "called"),
+    [
+        ("cpu", "0,1", "", "cpu"),
+        ("auto", "0,1", "0,1", "auto"),
+        ("cuda:1", None, "1", "cuda"),
+        ("cuda:1", "3,GPU-5", "GPU-5", "cuda"),
+        ("cuda:2", "3,4", "3,4", "cuda:2"),  # refused when it is looked for
+    ],
+)
+def test_all_cards_but_one_are_hidden(monkeypatch, name, visible, then, called):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # and put back afterwards
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert cli.alone(name) == called
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == then

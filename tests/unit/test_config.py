@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eora import config as cfg
+from eora import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = cfg.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
@@ -257,7 +258,7 @@ UNFIT = {
     "^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$": "package>=1",
     "^[0-9a-f]{64}$": "F" * 64,
     "^(auto|cpu|cuda(:[0-9]+)?)$": "gpu",
-    r"^([1-9]:[1-9][0-9]?|0\.[0-9]+)$": "half",
+    r"^([1-9]:(2|4|8|16)|0\.[0-9]*[1-9][0-9]*)$": "0.0",
 }
 # A constraint -> a value that breaks it.
 BREAK = {
@@ -268,7 +269,6 @@ BREAK = {
     "minimum": lambda entry: entry["minimum"] - 1,
     "maximum": lambda entry: entry["maximum"] + 1,
     "exclusiveMinimum": lambda entry: entry["exclusiveMinimum"],
-    "exclusiveMaximum": lambda entry: entry["exclusiveMaximum"],
     "minItems": lambda entry: [4] * (entry["minItems"] - 1),
     "maxItems": lambda entry: [4] * (entry["maxItems"] + 1),
     "uniqueItems": lambda entry: [4, 4],
@@ -282,7 +282,6 @@ SAYS = {  # what the line says before the key's meaning
     "minimum": "is less than the minimum of",
     "maximum": "is greater than the maximum of",
     "exclusiveMinimum": "is less than or equal to the minimum of",
-    "exclusiveMaximum": "is greater than or equal to the maximum of",
     "minItems": "",  # "should be non-empty" or "is too short"
     "maxItems": "is too long",
     "uniqueItems": "has non-unique elements",
@@ -599,8 +598,21 @@ def test_the_config_and_the_schema_are_left_as_they_were(wrong):
 def test_samples_of_a_mix_follow_its_shares():
     entry = {"samples": 10, "mix": {"a": 0.5, "b": 0.25, "c": 0.25}}
     assert cfg.shares(entry) == {"a": 5, "b": 3, "c": 2}  # the first of equal rests goes up
+    assert cfg.shares(entry | {"mix": {"c": 0.25, "b": 0.25, "a": 0.5}}) == cfg.shares(entry)
     assert cfg.shares({"samples": 3, "mix": {"a": 0.1, "b": 0.9}}) == {"a": 0, "b": 3}
     assert cfg.shares({"samples": 7, "dataset": "a"}) == {"a": 7}
+
+
+def test_a_mixture_is_tracked_by_its_names():
+    """Not by their order; and shares that change places are another mixture."""
+
+    def tracked(mix):
+        entry = {"mix": mix, "samples": 16, "seqlen": 8}
+        config = cfg.validate(changed(("calibrations.c", entry)), SCHEMA)
+        return stages.params(config, "tokenize", {"model": "m", "calibration": "c"})
+
+    assert tracked({"d": 0.25, "e": 0.75}) == tracked({"e": 0.75, "d": 0.25})
+    assert tracked({"d": 0.25, "e": 0.75}) != tracked({"e": 0.25, "d": 0.75})
 
 
 def test_an_existing_checkpoint_is_of_one_model_alone():

@@ -1,6 +1,7 @@
 """Every method of compression and its settings, each really run on the tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT, make_model, make_packed
-from eora import architectures, loading, manifest, streaming
+from eora import architectures, existing, loading, manifest, streaming
+from eora.errors import Mistake
 
 ROUNDED = {"bits": 4, "group_size": 32, "sym": True, "keep": []}
 SETTINGS = {
@@ -117,6 +120,16 @@ def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, c
                 assert (weight == 0).double().mean() == pytest.approx(0.5, abs=0.01)
 
 
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
+
+
 def adopt(pipeline, tmp_path, checkpoint):
     """Run the compress stage on an existing checkpoint; its exit code and output."""
     sealed = tmp_path / "checkpoint"
@@ -172,11 +185,37 @@ def test_a_checkpoint_that_rescales_what_its_layers_read_is_refused(pipeline, tm
     assert "as after AWQ or SmoothQuant" in output
 
 
-def test_a_format_that_is_not_read_is_named(pipeline, tmp_path):
-    shutil.copytree(pipeline.folder / "sources/packed", tmp_path / "awq")
-    config = json.loads((tmp_path / "awq/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
-    (tmp_path / "awq/config.json").write_text(json.dumps(config))
-    code, output = adopt(pipeline, tmp_path, tmp_path / "awq")
-    assert code == 1 and "Traceback" not in output, output
-    assert "its weights are stored as awq" in output and "auto-round, gptq" in output
+FORMATS = {
+    "awq": ({"quant_method": "awq"}, "its weights are stored as awq, which is not read here"),
+    "desc_act": ({"quant_method": "gptq", "desc_act": True}, "columns in another order (desc_act)"),
+    "sparse": (
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
+        "sparse weights of an older compressed-tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_that_is_not_read_is_named(form, tiny_model, tmp_path):
+    stored, wanted = FORMATS[form]
+    folder = shutil.copytree(tiny_model, tmp_path / "stored")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"bits": 4, "group_size": 32, **stored}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Mistake, match=re.escape(wanted)):
+        existing.check(tiny_model, folder)
+
+
+def test_a_checkpoint_with_other_biases_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
+    for name, tensor in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(tensor)
+    model.save_pretrained(tmp_path / "original")
+    assert existing.check(tmp_path / "original", tmp_path / "original")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.bias.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(Mistake, match="k_proj.bias is not the original's"):
+        existing.check(tmp_path / "original", tmp_path / "other")
