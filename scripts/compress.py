@@ -76,7 +76,6 @@ def main(
             notes["weight_error"] = existing.check(
                 model / "model", checkpoint / "model", spec.trust_remote_code
             )
-            (folder / "model").mkdir()
             existing.take(checkpoint / "model", folder / "model")
             return
         # llm-compressor takes the first card that it sees.

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eora import layers
+from eora.streaming import BlockStream
 
 
 def quantize(
@@ -44,7 +45,8 @@ def quantize(
     Raises:
         Mistake: the settings do not fit the model's layers.
     """
-    layers.chosen(folder, group_size, keep, trust_remote_code)
+    skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
+    layers.chosen(skeleton, group_size, keep)
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer

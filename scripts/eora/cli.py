@@ -129,9 +129,6 @@ def parse(text: str, spec: type[T]) -> T:
     return spec(**values)
 
 
-_CLAIMS: list[cards.Claim] = []  # kept until the process ends
-
-
 def alone(name: str) -> str:
     """Hide all GPUs but the one that is named, for libraries that take the first they see.
 
@@ -153,6 +150,9 @@ def alone(name: str) -> str:
         return name  # :func:`device` refuses it
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return "cuda"
+
+
+_CLAIMS: list[cards.Claim] = []  # kept until the process ends
 
 
 def device(name: str) -> str:

@@ -127,6 +127,6 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
 
 
 def take(folder: Path, out: Path) -> None:
-    """Put the checkpoint's files into ``out``, a new folder."""
+    """Put the checkpoint's files into the folder ``out``, which is made."""
     for file in sorted(folder.iterdir()):
         sources.link(file, out / file.name)

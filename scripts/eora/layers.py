@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 
 from torch import nn
 
@@ -44,23 +43,20 @@ def _kept(keep: list[str], names: dict[str, int]) -> set[str]:
     return kept
 
 
-def chosen(
-    folder: Path, group_size: int, keep: list[str], trust_remote_code: bool = False
-) -> list[str]:
+def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
     """Full names of the decoder's linear layers that are compressed; no weights are read.
 
     Settings that do not fit are refused here: the libraries pass over a name that matches nothing,
     and pack groups that a layer is no multiple of in a way that cannot be loaded back.
 
     Args:
-        folder: the model.
+        stream: the model.
         group_size: weights that share a scale, along a layer's input; -1 is all of them.
         keep: layers left in 16 bits: parts of their names, or regular expressions.
 
     Raises:
         Mistake: naming the layer, and what would fit.
     """
-    stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     widths = {
         name: dense_weight(layer).shape[1] for name, layer in linear_layers(stream.model).items()
     }
@@ -76,13 +72,12 @@ def chosen(
     return taken
 
 
-def check_plain(folder: Path, method: str, trust_remote_code: bool = False) -> None:
+def check_plain(stream: BlockStream, method: str) -> None:
     """Refuse, for methods that know ``nn.Linear`` alone, models whose decoder has other layers.
 
     Raises:
         Mistake: naming the first layer of another kind.
     """
-    stream = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     for index, block in enumerate(stream.blocks):
         others = list(architectures.experts(block)) + [
             name for name, layer in linear_layers(block).items() if type(layer) is not nn.Linear

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eora import layers
+from eora.streaming import BlockStream
 
 
 def pattern(sparsity: str) -> tuple[float, str]:
@@ -66,9 +67,10 @@ def compress(
     Raises:
         Mistake: the settings do not fit the model's layers.
     """
-    layers.check_plain(folder, method, trust_remote_code)
+    skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
+    layers.check_plain(skeleton, method)
     groups = -1 if bits is None else group_size
-    chosen = set(layers.chosen(folder, groups, keep, trust_remote_code))
+    chosen = set(layers.chosen(skeleton, groups, keep))
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
     import torch
     from llmcompressor import oneshot

@@ -184,16 +184,12 @@ class Costs:
         """Comparing an existing checkpoint with the original, on the CPU."""
         block = model.largest
         layer = max(block.layers, key=lambda layer: layer.parameters)
-        _, host = self._memory(
-            "decompose",
-            (
-                Term("a block's weights, and the same compressed", 2 * block.parameters * 2),
-                Term("a layer's weights in float32", 3 * layer.parameters * 4),
-            ),
+        comparing = (
+            Term("Python", IMPORTS["decompose"] * GB),
+            Term("a block's weights, and the same compressed", 2 * block.parameters * 2),
+            Term("a layer's weights in float32", 3 * layer.parameters * 4),
         )
-        if self.cuda:
-            host = Costs(self.config, cuda=False)._take(model).host
-        return Cost((), host, 0.0, {"disk": 2 * model.stored})
+        return Cost((), (comparing,), 0.0, {"disk": 2 * model.stored})
 
     def _one_shot(self, model: Shapes, entry: Config) -> Cost:
         """llm-compressor's GPTQ, SparseGPT and Wanda: each layer of a block has a matrix of its
