@@ -40,6 +40,9 @@ def main(
     dataset: Annotated[Path | None, cli.Stage("a data set's download")] = None,
     fewshot: Annotated[Path | None, cli.Stage("a data set for few-shot examples")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = 8,
+    planned_mb: Annotated[
+        int, typer.Option(help="Memory that was predicted, to be told beside what it takes; or 0.")
+    ] = 0,
     device: Annotated[str, cli.Device] = "auto",
     store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
@@ -67,7 +70,7 @@ def main(
     if result.restored():
         return
     where = cli.device(device)
-    from eora import evaluation, loading, nltk_data, text
+    from eora import evaluation, loading, memory, nltk_data, text
 
     notes: dict = {}
     with result.publish(notes) as folder:
@@ -78,6 +81,10 @@ def main(
             where,
             spec.trust_remote_code,
         )
+        needed = {"loading": memory.peak(where)}
+        memory.reset_peak(where)
+        prompt_tokens = evaluation.prompt(network)
+        needed["prompt"] = memory.peak(where)
         if spec.kind == "perplexity":
             documents = text.texts(dataset / "data", spec.column)
             keys = ("tasks.<name>.windows", "tasks.<name>.window")
@@ -109,8 +116,12 @@ def main(
             "samples": judged.samples,
         }
         measured = notes | {
+            "available": judged.available,
             "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_bytes": evaluation.peak_memory(where),
+            "memory_bytes": needed,
+            "prompt_tokens": prompt_tokens,
+            "peak_memory_bytes": max(*needed.values(), memory.peak(where)),
+            "planned_memory_bytes": planned_mb * 10**6 or None,
             "device": where,
             "dtype": str(network.dtype).removeprefix("torch."),
             "versions": manifest.versions(("lm_eval", "torch", "transformers", "auto-round")),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ PREFERRED = ("acc_norm", "acc", "exact_match", "prompt_level_strict_acc", "word_
 
 SEED = 1234
 
+# Of the prompt by which a model's memory in use is told.
+PROMPT_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -34,6 +37,7 @@ class Judgement:
     Attributes:
         metrics: name -> {value, stderr (None where it is not known), higher_is_better}.
         samples: how many were judged.
+        available: how many the task has; None where it has no number of its own.
         each: metric -> what each sample adds to it, always in the same order, so that two models
             can be compared sample by sample; of metrics that are means of what samples add.
     """
@@ -41,6 +45,7 @@ class Judgement:
     metrics: dict[str, Any]
     samples: int
     each: dict[str, list[float]]
+    available: int | None = None
 
 
 @torch.inference_mode()
@@ -72,6 +77,21 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> Judgemen
     stderr = value * float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None
     metrics = {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}
     return Judgement(metrics, len(windows), {"perplexity": windows.tolist()})
+
+
+@torch.inference_mode()
+def prompt(model: PreTrainedModel) -> int:
+    """Take in one prompt as generation does: its cache is kept, and the last token's logits.
+
+    Returns:
+        Its length: :data:`PROMPT_TOKENS` tokens, or as many as the model can.
+    """
+    limits = model.config.get_text_config()
+    length = min(PROMPT_TOKENS, getattr(limits, "max_position_embeddings", PROMPT_TOKENS))
+    ids = torch.arange(length, device=model.device)[None] % limits.vocab_size
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    model(input_ids=ids, use_cache=True, **last)
+    return length
 
 
 def locate_task(name: str) -> str:
@@ -237,7 +257,9 @@ def harness(
         fewshot_random_seed=SEED,
     )
     counts = output["n-samples"]
-    samples = sum(entry["effective"] for entry in counts.values())
+    samples, available = (
+        sum(entry[kind] for entry in counts.values()) for kind in ("effective", "original")
+    )
     higher = output["higher_is_better"].get(name, {})
     metrics = {}
     for key, value in output["results"][name].items():
@@ -251,7 +273,8 @@ def harness(
             "higher_is_better": bool(higher.get(metric, True)),
         }
     found = _each([row for rows in output["samples"].values() for row in rows])
-    return Judgement(metrics, samples, {name: found[name] for name in metrics if name in found})
+    each = {name: found[name] for name in metrics if name in found}
+    return Judgement(metrics, samples, each, available)
 
 
 def _shown(metric: str, kind: str) -> str:
@@ -281,10 +304,3 @@ def primary(metrics: dict[str, Any]) -> str:
     """The metric to show where the config names none: the best known of those measured."""
     named = [m for p in PREFERRED for m in metrics if m.partition(",")[0] == p]
     return (named or list(metrics))[0]
-
-
-def peak_memory(device: str) -> int:
-    """Peak bytes of this process so far: device memory on CUDA, resident memory on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -94,8 +94,12 @@ def evaluation(
         },
         "primary": primary,
         "samples": 200,
+        "available": 200,
         "seconds": 12.5,
+        "memory_bytes": {"loading": 700_000_000, "prompt": 600_000_000},
+        "prompt_tokens": 512,
         "peak_memory_bytes": 900_000_000,
+        "planned_memory_bytes": 800_000_000,
         "device": "cpu",
         "dtype": "float32",
         "versions": {"lm_eval": "0.4.13"},
@@ -379,7 +383,10 @@ def test_csv(tmp_path):
         "p_value": "",
         "cheaper_alternative": "w4g32",
         "seconds": "12.5",
+        "loading_memory_bytes": "700000000",
+        "prompt_memory_bytes": "600000000",
         "peak_memory_bytes": "900000000",
+        "planned_memory_bytes": "800000000",
         "device": "cpu",
     }
     assert rows[1]["stderr"] == rows[1]["rank"] == rows[1]["recovered"] == ""
@@ -651,3 +658,48 @@ def test_show_bytes(size, words):
 )  # fmt: skip
 def test_show_value(value, words):
     assert show.show_value(value) == words
+
+
+def test_a_figure_by_rank_is_drawn_where_there_are_several(tmp_path):
+    """Its axis has rank 0 (without adapter) and each that was judged; one rank alone has none."""
+    one = page(tmp_path / "one", make(tmp_path / "one", USUAL))
+    assert "What each rank brings" not in one
+    plan = make(tmp_path / "two", USUAL | {"w2g32+r16": (0.57, 18.0), "w2g32+r4": (0.5, 25.0)})
+    two = page(tmp_path / "two", plan)
+    drawn = two.split("What each rank brings")[1].split("</details>")[0].split("<figure>")[1:]
+    assert len(drawn) == len(PLAN["tasks"])
+    for figure in drawn:
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
+        assert {"0", "4", "8", "16", "rank of the adapter (0: without)"} <= set(texts)
+        assert "r8" not in texts
+
+
+def test_page_shows_what_memory_was_taken_and_planned(tmp_path):
+    html = page(tmp_path, make(tmp_path, USUAL))
+    used = html.split("Where the bytes of")[1].split("</details>")[0]
+    assert used.count("700.0\N{NO-BREAK SPACE}MB") == used.count("600.0\N{NO-BREAK SPACE}MB") == 4
+    assert "one prompt of 512 tokens" in used
+    made = html.split('id="made-title"')[1]
+    assert "900.0\N{NO-BREAK SPACE}MB" in made and "800.0\N{NO-BREAK SPACE}MB" in made
+
+
+def test_page_says_what_was_not_run(tmp_path):
+    plan = make(tmp_path, USUAL)
+    adapter = {"ranks": [8], "max_rank": 64, "bits": [16], "method": "eora"}
+    plan |= {"adapters": {"eora": adapter}}
+    evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6, available=2376)
+    told = page(tmp_path, plan).split("What was not run")[1].split("</ul>")[0]
+    assert re.findall(r"<li>(.*)</li>", told) == [
+        "arc-easy: the first 200 of 2,376 samples were judged. The rest: remove "
+        "tasks.arc-easy.limit.",
+        "eora: fitted up to rank 64, judged at 8. Any other needs no new fit: add it to "
+        "adapters.eora.ranks.",
+        "eora: judged in 16 bits alone. In 4 bits an adapter takes about a quarter of the bytes: "
+        "add 4 to adapters.eora.bits.",
+        "No adapter was fitted by diagonal and svd. For a comparison at equal rank add an entry to "
+        "adapters with that method: it shares the second moments.",
+    ]
+    whole = {"ranks": [8, 64], "max_rank": 64, "bits": [4, 16]}
+    plan |= {"adapters": {m: whole | {"method": m} for m in ("eora", "svd", "diagonal")}}
+    evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6)
+    assert "What was not run" not in page(tmp_path, plan)

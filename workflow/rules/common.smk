@@ -121,25 +121,39 @@ def shapes_of(model):
 
 @cache
 def predicted(place, gpu):
-    """What a job asks for at its first attempt: mem_mb, gpu_mem_mb and runtime (minutes)."""
+    """What a job is taken to need: mem_mb, gpu_mem_mb and runtime (minutes)."""
     cost = COSTS[gpu].of(place, KNOWN_SHAPES[dict(place.wildcards)["model"]])
     cards = plan.CARDS.values() if gpu else [plan.cpu(THREADS)]
-    found = {
+    return {
         "mem_mb": plan.total(plan.peak(cost.host)) / 1e6,
         "gpu_mem_mb": plan.total(plan.peak(cost.device)) / 1e6,
         "runtime": 60 * max(card.hours(cost) for card in cards),
     }
-    return {key: math.ceil(value * ROOM[key]) for key, value in found.items()}
 
 
 def sized(stage, resource, least=0):
     """A resource of a stage's jobs; half as much again with each further attempt."""
 
     def amount(wc, attempt):
+        if shapes_of(wc.model) is None:
+            first = UNKNOWN[resource]
+        else:
+            needed = predicted(stages.place(stage, **wc), on_gpu())[resource]
+            first = math.ceil(needed * ROOM[resource])
+        return math.ceil(max(first, least) * (1 + attempt) / 2)
+
+    return amount
+
+
+def planned_mb(stage):
+    """Memory that a job is taken to need where it computes, in MB; 0 while that is not known."""
+
+    def amount(wc):
+        if shapes_of(wc.model) is None:
+            return 0
         gpu = on_gpu()
-        known = shapes_of(wc.model) is not None
-        first = predicted(stages.place(stage, **wc), gpu) if known else UNKNOWN
-        return math.ceil(max(first[resource], least) * (1 + attempt) / 2)
+        needed = predicted(stages.place(stage, **wc), gpu)
+        return round(needed["gpu_mem_mb" if gpu else "mem_mb"])
 
     return amount
 

@@ -23,6 +23,7 @@ rule evaluate:
         batch_size=lambda wc: config["tasks"][wc.task].get("batch_size", RUNTIME["batch_size"]),
         mem_mb=sized("evaluate", "mem_mb"),
         gpu_mem_mb=sized("evaluate", "gpu_mem_mb"),
+        planned_mb=planned_mb("evaluate"),
         runtime=sized("evaluate", "runtime", least=30),
     params:
         script=script("evaluate"),
@@ -34,4 +35,5 @@ rule evaluate:
     shell:
         "python {params.script:q} --params {params.spec:q} {params.options:q}"
         " --batch-size {resources.batch_size} --device {resources.device}"
+        " --planned-mb {resources.planned_mb}"
         " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -37,15 +37,20 @@ CSV_COLUMNS = [
     "p_value",
     "cheaper_alternative",
     "seconds",
+    "loading_memory_bytes",
+    "prompt_memory_bytes",
     "peak_memory_bytes",
+    "planned_memory_bytes",
     "device",
 ]
 
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["best_for_size", "dtype", "each", "metrics", "residuals", "tools"]
+PAGE_COLUMNS = ["available", "best_for_size", "dtype", "each", "metrics", "prompt_tokens"]
+PAGE_COLUMNS += ["residuals", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
-_WHOLE += ["other_bytes", "adapter_bytes", "peak_memory_bytes"]
+_WHOLE += ["other_bytes", "adapter_bytes", "available", "prompt_tokens"]
+_WHOLE += [f"{what}_memory_bytes" for what in ("loading", "prompt", "peak", "planned")]
 
 _REAL = ["effective_bits", "recovered", "p_value", "seconds"]
 

@@ -1,8 +1,8 @@
-"""Figures: what a model does against its size."""
+"""Figures: what a model does against its size, and against the rank of its adapter."""
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -84,6 +84,33 @@ def looks(rows: list[Row]) -> Looks:
     )
 
 
+class Across(NamedTuple):
+    """What a figure's horizontal axis shows.
+
+    Attributes:
+        label: its title.
+        of: a row's place on it.
+        ranks: where it is marked, if it shows ranks; 0 is the model without adapter.
+    """
+
+    label: str
+    of: Callable[[Row], float]
+    ranks: tuple[int, ...] = ()
+
+
+def by_size(rows: list[Row]) -> Across:
+    """Bytes of the model with its adapter, in the unit that suits these rows."""
+    unit, step = size_unit(r["bytes"] for r in rows)
+    return Across(f"size of the model with its adapter ({unit})", lambda row: row["bytes"] / step)
+
+
+def by_rank(rows: list[Row]) -> Across:
+    """The adapter's rank, each doubling as wide as the last."""
+    ranks = tuple(sorted({r["rank"] for r in rows if not pd.isna(r["rank"])}))
+    label = "rank of the adapter (0: without)"
+    return Across(label, lambda row: 0 if pd.isna(row["rank"]) else row["rank"], ranks)
+
+
 def size_unit(sizes: Iterable[int]) -> tuple[str, int]:
     """The unit for an axis of sizes, and its bytes."""
     largest = max(sizes, default=0)
@@ -148,14 +175,18 @@ def series(rows: list[Row]) -> list[list[Row]]:
     ]
 
 
-def style_axes(axes: Axes, rows: list[Row], unit: str) -> None:
+def style_axes(axes: Axes, rows: list[Row], across: Across) -> None:
     """Scales, limits and labels."""
     metric, values = rows[0]["metric"], [r["value"] for r in rows]
     better = "higher is better" if rows[0]["higher_is_better"] else "lower is better"
-    axes.set_xlabel(f"size of the model with its adapter ({unit})")
+    axes.set_xlabel(across.label)
     axes.set_ylabel(f"{metric} ({better})", labelpad=9)
     axes.margins(x=0.09, y=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    if across.ranks:
+        axes.set_xscale("symlog", base=2, linthresh=across.ranks[0])
+        axes.set_xticks([0, *across.ranks], ["0", *map(str, across.ranks)])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if wants_log(metric, values):
         ratio = max(values) / min(values)
         subs = (1.0, 2.0, 5.0) if ratio < 100 else (1.0, 3.0) if ratio < 3000 else (1.0,)
@@ -165,12 +196,12 @@ def style_axes(axes: Axes, rows: list[Row], unit: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
 
 
-def draw_points(axes: Axes, rows: list[Row], look: Looks, step: int) -> None:
+def draw_points(axes: Axes, rows: list[Row], look: Looks, across: Across) -> None:
     """Lines through ranks, error bars and markers."""
     for line in series(rows):
         colour, adapter = look.colours[line[-1]["compression"]], line[-1]["adapter"]
         axes.plot(
-            [r["bytes"] / step for r in line],
+            [across.of(r) for r in line],
             [r["value"] for r in line],
             color=colour,
             linewidth=1.6,
@@ -181,7 +212,7 @@ def draw_points(axes: Axes, rows: list[Row], look: Looks, step: int) -> None:
     for row in rows:
         plain = pd.isna(row["adapter"])
         colour = INK if pd.isna(row["compression"]) else look.colours[row["compression"]]
-        x, y = row["bytes"] / step, row["value"]
+        x, y = across.of(row), row["value"]
         if known(row["stderr"]):
             axes.errorbar(x, y, row["stderr"], color=colour, alpha=0.4, linewidth=1.1, capsize=2.5)
         marker = BASE_MARKER if plain else look.markers[row["adapter_bits"]]
@@ -205,14 +236,16 @@ def draw_original(axes: Axes, row: Row) -> None:
         axes.axhspan(low, high, color=INK, alpha=0.07, linewidth=0, zorder=1)
 
 
-def draw_labels(axes: Axes, rows: list[Row], original: Row | None, look: Looks, step: int) -> None:
+def draw_labels(
+    axes: Axes, rows: list[Row], original: Row | None, look: Looks, across: Across
+) -> None:
     """Name the points, keeping the names off points, lines and each other."""
     figure = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what was measured must not move any more
 
     def spot(row: Row) -> tuple[float, float]:
-        x, y = axes.transData.transform((row["bytes"] / step, row["value"]))
+        x, y = axes.transData.transform((across.of(row), row["value"]))
         return float(x), float(y)
 
     frame = tuple(axes.bbox.extents)
@@ -230,6 +263,8 @@ def draw_labels(axes: Axes, rows: list[Row], original: Row | None, look: Looks, 
         if pd.isna(row["compression"]):
             continue  # its line is named already
         plain = pd.isna(row["adapter"])
+        if across.ranks and not plain:
+            continue  # the axis tells them
         text = row["compression"] if plain else f"r{row['rank']}"
         colour = look.colours[row["compression"]]
         names.append((text, spot(row), colour, "bold" if plain else "normal"))
@@ -250,20 +285,20 @@ def draw_labels(axes: Axes, rows: list[Row], original: Row | None, look: Looks, 
         )
 
 
-def draw(rows: list[Row], look: Looks) -> str:
-    """One figure as SVG text: value against size for one model and task (finite values)."""
+def draw(rows: list[Row], look: Looks, axis: Callable[[list[Row]], Across] = by_size) -> str:
+    """One figure as SVG text: value against size or rank for one model and task (finite values)."""
     original = base_row(rows, None)
     points = [r for r in rows if r is not original] or rows
-    unit, step = size_unit(r["bytes"] for r in points)
+    across = axis(points)
     with matplotlib.style.context(["default", FIGURE_STYLE]):
         # 72 dots an inch make pixels and points the same.
         figure = Figure(figsize=(5.6, 4.4), dpi=72, layout="constrained")
         axes = figure.add_subplot()
-        draw_points(axes, points, look, step)
+        draw_points(axes, points, look, across)
         if original is not None:
             draw_original(axes, original)
-        style_axes(axes, rows, unit)
-        draw_labels(axes, points, original, look, step)
+        style_axes(axes, rows, across)
+        draw_labels(axes, points, original, look, across)
         return to_svg(figure)
 
 
@@ -300,26 +335,32 @@ def inline_svg(raw: str, prefix: str, label: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def figure_label(rows: list[Row]) -> str:
+def figure_label(rows: list[Row], against: str) -> str:
     """The figure in words, for readers who do not see it."""
     task, metric = rows[0]["task"], rows[0]["metric"]
     better = "higher" if rows[0]["higher_is_better"] else "lower"
     points = "; ".join(
         f"{r['variant']} {show_value(r['value'])} at {show_bytes(r['bytes'])}" for r in rows
     )
-    return f"{metric} on {task} against size ({better} is better): {points}."
+    return f"{metric} on {task} against {against} ({better} is better): {points}."
 
 
 def figure(rows: list[Row], look: Looks, prefix: str) -> Row:
     """What the page needs to show one model and task."""
     finite = [r for r in rows if math.isfinite(r["value"])]
     missing = [f"{r['variant']} ({show_value(r['value'])})" for r in rows if r not in finite]
-    svg = inline_svg(draw(finite, look), prefix, figure_label(finite)) if finite else None
+    several = len(by_rank(finite).ranks) > 1
+
+    def svg(axis: Callable[[list[Row]], Across], against: str) -> Markup:
+        label = figure_label(finite, against)
+        return inline_svg(draw(finite, look, axis), f"{prefix}{against}-", label)
+
     return {
         "task": rows[0]["task"],
         "metric": rows[0]["metric"],
         "better": "higher is better" if rows[0]["higher_is_better"] else "lower is better",
         "log": bool(finite) and wants_log(rows[0]["metric"], [r["value"] for r in finite]),
-        "svg": svg,
+        "svg": svg(by_size, "size") if finite else None,
+        "ranks": svg(by_rank, "rank") if several else None,
         "missing": ", ".join(missing),
     }

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from eora.report import residuals
 from eora.report.comparing import CSV_COLUMNS
 from eora.report.figures import BASE_MARKER, figure, looks
+from eora.report.gaps import not_run
 from eora.report.reading import Row, known, number
 from eora.report.verdict import best_adapter, cost_sentences, ladder, lead
 from eora.report.words import (
@@ -107,6 +108,7 @@ def evaluation_summary(frame: pd.DataFrame) -> list[Row]:
             "dtype": distinct(group["dtype"]),
             "seconds": group["seconds"].sum(min_count=1),
             "peak": group["peak_memory_bytes"].max(),
+            "planned": group["planned_memory_bytes"].max(),
         }
         for (model, task), group in frame.groupby(["model", "task"], sort=False)
     ]
@@ -153,6 +155,8 @@ def render(frame: pd.DataFrame, plan: Mapping[str, Any]) -> str:
         ],
         settings=[(title, settings_table(plan[key])) for title, key in settings if plan.get(key)],
         evaluations=evaluation_summary(frame),
+        not_run=not_run(frame, plan),
+        prompt_tokens=distinct(frame["prompt_tokens"]),
         tools=tool_versions(frame),
         base_marker=BASE_MARKER[1],
     )

@@ -212,6 +212,7 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
     primary = metrics[metric]
     if not isinstance(primary.get("higher_is_better"), bool):
         raise ValueError(f"{metric!r} does not say whether higher is better: {path}")
+    memory = found.get("memory_bytes", {})
     return {
         "task": task,
         "metric": metric,
@@ -219,8 +220,13 @@ def task_columns(path: Path, task: str, wanted: str | None) -> Row:
         "stderr": number(primary.get("stderr")),
         "higher_is_better": primary["higher_is_better"],
         "samples": found.get("samples"),
+        "available": found.get("available"),
         "seconds": found.get("seconds"),
+        "loading_memory_bytes": memory.get("loading"),
+        "prompt_memory_bytes": memory.get("prompt"),
+        "prompt_tokens": found.get("prompt_tokens"),
         "peak_memory_bytes": found.get("peak_memory_bytes"),
+        "planned_memory_bytes": found.get("planned_memory_bytes"),
         "device": found.get("device"),
         "dtype": found.get("dtype"),
         "metrics": metrics,

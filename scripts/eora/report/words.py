@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -81,7 +81,7 @@ def distinct(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(v) for v in values if not pd.isna(v)))
 
 
-def joined(parts: list[Markup]) -> Markup:
+def joined(parts: Sequence[str]) -> Markup:
     """Parts as "a, b and c"."""
     if len(parts) < 2:
         return Markup("").join(parts)
