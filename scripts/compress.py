@@ -19,7 +19,8 @@ class Params:
     (parts of names of layers left in 16 bits).
     For autoround and gptq, and optional after the two that prune: bits, group_size, sym.
     For sparsegpt and wanda: sparsity (2:4, or a share such as 0.5).
-    For autoround: iters, batch_size, format (auto_round or auto_gptq), alg_ext, seed.
+    For autoround: iters, batch_size, format (auto_round or auto_gptq), alg_ext, seed, and around
+    (what --adapter is, if it is given: compression, adapter, rank, bits).
     The number of samples and their length are those of --tokens."""
 
     method: str
@@ -34,6 +35,7 @@ class Params:
     format: str | None = None
     alg_ext: bool | None = None
     seed: int | None = None
+    around: dict | None = None
     trust_remote_code: bool = False
 
 
@@ -45,6 +47,7 @@ def main(
         Path | None, cli.Stage("the tokenize stage (packed); of existing, none")
     ] = None,
     checkpoint: Annotated[Path | None, cli.Stage("the download of an existing checkpoint")] = None,
+    adapter: Annotated[Path | None, cli.Stage("an adapter to round around")] = None,
     device: Annotated[str, cli.Device] = "auto",
     store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
@@ -53,11 +56,18 @@ def main(
     taken = spec.method == "existing"
     if taken != (checkpoint is not None) or taken != (tokens is None):
         raise typer.BadParameter("give --checkpoint for the method existing, --tokens for others")
+    if (spec.around is not None) != (adapter is not None):
+        raise typer.BadParameter("give --adapter where --params has around, and only there")
     result = Result(
         out,
         stage="compress",
         params=vars(spec),
-        inputs={"model": model, "tokens": tokens, "checkpoint": checkpoint},
+        inputs={
+            "model": model,
+            "tokens": tokens,
+            "checkpoint": checkpoint,
+            "adapter": None if adapter is None else adapter / "adapter",
+        },
         tools=(
             TOOLS.get(spec.method, "llmcompressor"),
             *(() if spec.method == "autoround" else ("compressed-tensors",)),
@@ -86,12 +96,19 @@ def main(
         given = {
             key: value
             for key, value in vars(spec).items()
-            if value is not None and key not in ("method", "version")
+            if value is not None and key not in ("method", "version", "around")
         }
         if spec.method == "autoround":
             from eora import autoround
 
-            autoround.quantize(model / "model", folder / "model", data, device=where, **given)
+            autoround.quantize(
+                model / "model",
+                folder / "model",
+                data,
+                device=where,
+                adapter=None if adapter is None else adapter / "adapter",
+                **given,
+            )
         else:
             from eora import oneshot
 

@@ -1,16 +1,68 @@
-"""AutoRound (arXiv 2309.05516) on a model folder, through its Python API."""
+"""AutoRound (arXiv 2309.05516) on a model folder, through its Python API; if wanted, around an
+adapter.
+
+Around an adapter B A, each layer's W - B A is rounded, with the adapter beside it in the block
+whose output AutoRound keeps near the original's: rounding learns what the adapter leaves to it,
+and what it costs to hold the adapter in few bits. What is saved is W - B A in few bits, a model
+that is of no use without an adapter; one is fitted to its error against W as to any other's.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from eora import layers
+from eora.lowrank import Factors, LowRankLinear, load_factors
 from eora.streaming import BlockStream
+
+
+def put_beside(model: nn.Module, adapter: Path) -> None:
+    """Split each layer of an adapter into W - B A and B A beside it, in place.
+
+    In sum the layer is what it was, but for rounding W - B A to the layer's dtype.
+
+    Args:
+        model: the original.
+        adapter: 16-bit or packed; packed factors are unpacked once, as all steps use them.
+    """
+    for name, factors in load_factors(adapter).items():
+        layer = model.get_submodule(name)
+        a, b = factors.matrices(torch.float32)
+        layer.weight.data = (layer.weight.float() - b @ a).to(layer.weight.dtype)
+        dtype = layer.weight.dtype
+        model.set_submodule(name, LowRankLinear(layer, Factors(a.to(dtype), b.to(dtype))))
+
+
+def take_apart(folder: Path) -> None:
+    """Make a saved model of :func:`put_beside` one whose layers have their own names and no
+    adapter, in place: for files as transformers saves them."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {
+            name.replace(".base.", "."): tensor
+            for name, tensor in load_file(file).items()
+            if ".factors." not in name
+        }
+        save_file(tensors, file, {"format": "pt"})
+    for file in folder.glob("*.json"):
+        text = file.read_text()
+        told = json.loads(text)
+        if file.name.endswith(".index.json"):
+            told["weight_map"] = {
+                name.replace(".base.", "."): where
+                for name, where in told["weight_map"].items()
+                if ".factors." not in name
+            }
+            file.write_text(json.dumps(told, indent=2) + "\n")
+        elif ".base" in text and file.name in ("config.json", "quantization_config.json"):
+            file.write_text(text.replace(".base", ""))
 
 
 def quantize(
@@ -28,6 +80,7 @@ def quantize(
     keep: list[str],
     seed: int,
     device: str,
+    adapter: Path | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Quantize the decoder's linear layers and save a folder that transformers loads.
@@ -41,19 +94,23 @@ def quantize(
         alg_ext: AutoRound's extended algorithm.
         keep: layers left in 16 bits: parts of their names.
         device: cpu, cuda or cuda:N.
+        adapter: an adapter of the original model to round around, 16-bit or packed.
 
     Raises:
         Mistake: the settings do not fit the model's layers.
     """
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     layers.chosen(skeleton, group_size, keep)
-    import torch
+    if adapter is not None:
+        layers.check_plain(skeleton, "around", "an adapter stands beside")
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code
     )
+    if adapter is not None:
+        put_beside(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # AutoRound takes a list of batches in place of a data set's name: nothing is downloaded.
     data: list[dict[str, Any]] = [
@@ -84,5 +141,7 @@ def quantize(
     )
     _, folders = rounder.quantize_and_save(str(scratch), format=format)
     saved = Path(folders[0] if isinstance(folders, list | tuple) else folders)
+    if adapter is not None:
+        take_apart(saved)
     saved.rename(out)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -43,7 +43,7 @@ _TASK_KEYS = {
 # What each method of compression goes by, beside its calibration.
 _ROUNDED = ("bits", "group_size", "sym")
 METHOD_KEYS = {
-    "autoround": (*_ROUNDED, "iters", "batch_size", "format", "alg_ext", "keep", "seed"),
+    "autoround": (*_ROUNDED, "iters", "batch_size", "format", "alg_ext", "keep", "seed", "around"),
     "gptq": (*_ROUNDED, "keep"),
     "sparsegpt": ("sparsity", *_ROUNDED, "keep"),
     "wanda": ("sparsity", *_ROUNDED, "keep"),
@@ -368,6 +368,8 @@ def _compression_mistakes(
                 f"{where}.calibration: compressing wants full windows; "
                 f"set calibrations.{name}.layout to packed, or name another"
             )
+    if "around" in entry and method == "autoround":
+        yield from _around_mistakes(where, entry["around"], config)
     if method in PRUNERS and ":" in entry["sparsity"]:
         zeros, of = map(int, entry["sparsity"].split(":"))
         if zeros >= of:
@@ -384,6 +386,41 @@ def _compression_mistakes(
                 f"{where}.bits: AutoRound packs asymmetric 4-bit weights for AWQ kernels, "
                 "which are not installed here; set sym to true"
             )
+
+
+def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str]:
+    """What a compression is made around must be there, and must not be made from itself."""
+    where = f"{where}.around"
+    yield from _reference(f"{where}.compression", around["compression"], "compressions", config)
+    yield from _reference(f"{where}.adapter", around["adapter"], "adapters", config)
+    limit = config["adapters"].get(around["adapter"], {}).get("max_rank", around["rank"])
+    if around["rank"] > limit:
+        yield (
+            f"{where}.rank: {around['rank']} is above adapters.{around['adapter']}.max_rank "
+            f"{limit}; raise max_rank (this remakes the decompositions) or lower the rank"
+        )
+    seen, inner = set(), around["compression"]
+    while inner not in seen and inner in config["compressions"]:
+        seen.add(inner)
+        entry = config["compressions"][inner]
+        if entry["method"] == "existing":
+            yield (
+                f"{where}.compression: {inner} is an existing checkpoint, which belongs to one "
+                "model; name one that is made of every model"
+            )
+        if "around" not in entry:
+            return
+        inner = entry["around"]["compression"]
+    if inner in seen:
+        yield f"{where}.compression: {inner} is made around itself; name one made before it"
+
+
+def bare(config: Config, compression: str) -> str:
+    """The compression whose loss an adapter makes up for: one made around an adapter is of no use
+    without, so that which its first round began with."""
+    while around := config["compressions"][compression].get("around"):
+        compression = around["compression"]
+    return compression
 
 
 def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
@@ -433,8 +470,12 @@ def validate(config: Config, schema: dict[str, Any]) -> Config:
 
 
 def asked_ranks(config: Config) -> dict[str, list[int]]:
-    """Adapter name -> the ranks that the config asks for."""
-    return {name: entry["ranks"] for name, entry in config["adapters"].items()}
+    """Adapter name -> the ranks that the config asks for, to be judged or to round around."""
+    found = {name: [*entry["ranks"]] for name, entry in config["adapters"].items()}
+    for entry in config["compressions"].values():
+        if "around" in entry:
+            found[entry["around"]["adapter"]].append(entry["around"]["rank"])
+    return found
 
 
 def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
@@ -533,14 +574,18 @@ class Variant:
 
 
 def variants(config: Config) -> list[Variant]:
-    """All variants that the config names: each model x compression x adapter x rank x bits."""
+    """All variants that the config names: each model x compression x adapter x rank x bits.
+
+    A compression made around an adapter is not judged without one: it is of no use then.
+    """
     found = []
     for model in config["models"]:
         found.append(Variant(model))
         for compression, made in config["compressions"].items():
             if not applies(made, model):
                 continue
-            found.append(Variant(model, compression))
+            if "around" not in made:
+                found.append(Variant(model, compression))
             found += [
                 Variant(model, compression, adapter, rank, bits)
                 for adapter, entry in config["adapters"].items()

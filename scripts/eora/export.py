@@ -97,13 +97,25 @@ def _fitted_on(source: Source) -> tuple[str, dict[str, Any], str]:
     return fit["params"]["method"], made["params"], " and ".join(names)
 
 
+def _bare(source: Source) -> str:
+    """The compression that is compared with: of one made around an adapter, its first round's."""
+    name = source.variant.compression
+    folder = source.results / "compressed" / source.variant.model
+    while (made := folder / name / manifest.NAME).is_file():
+        around = manifest.load(made)["params"].get("around")
+        if not around:
+            break
+        name = around["compression"]
+    return name
+
+
 def _scores(source: Source) -> Iterator[dict[str, Any]]:
     """A row for each task that the original, the compressed and the compensated model share."""
     place = source.variant
     judged = source.results / "evaluations" / place.model
     names = [
         config.Variant(place.model).name,
-        config.Variant(place.model, place.compression).name,
+        config.Variant(place.model, _bare(source)).name,
         place.name,
     ]
     for folder in sorted((judged / place.name).glob("*")):
@@ -144,6 +156,7 @@ def facts(source: Source) -> dict[str, Any]:
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,
+        "bare": _bare(source) if compressed["params"].get("around") else None,
         "compression": {
             key: compressed["params"][key]
             for key in _COMPRESSION

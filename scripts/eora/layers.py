@@ -72,8 +72,13 @@ def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
     return taken
 
 
-def check_plain(stream: BlockStream, method: str) -> None:
-    """Refuse, for methods that know ``nn.Linear`` alone, models whose decoder has other layers.
+def check_plain(stream: BlockStream, key: str, does: str) -> None:
+    """Refuse, for what knows ``nn.Linear`` alone, models whose decoder has other layers.
+
+    Args:
+        stream: the model.
+        key: of the compression, that asks for it.
+        does: what it does with layers, as in "gptq compresses".
 
     Raises:
         Mistake: naming the first layer of another kind.
@@ -85,6 +90,7 @@ def check_plain(stream: BlockStream, method: str) -> None:
         if others:
             kind = type(block.get_submodule(others[0])).__name__
             raise Mistake(
-                f"compressions.<name>.method: {method} compresses plain linear layers, and "
-                f"{stream.name(index)}.{others[0]} is {kind}; take method autoround for this model"
+                f"compressions.<name>.{key}: {does} plain linear layers, and "
+                f"{stream.name(index)}.{others[0]} is {kind}; take method autoround, without "
+                "around, for this model"
             )

@@ -254,8 +254,15 @@ class Costs:
             Term("samples' hidden states, three times", 3 * cache, f"{where}.samples"),
         )
         device, host = self._memory("compress", tuning, passing)
-        whole = Term("the whole model", model.stored)
-        host = tuple((*phase, whole) for phase in host)
+        beside = entry["around"]["rank"] if "around" in entry else 0
+        whole = (
+            Term("the whole model", model.stored),
+            Term(
+                "the adapter that it is rounded around",
+                sum(_factors(block, beside) for block in model.blocks) / 2,
+            ),
+        )
+        host = tuple((*phase, *whole) for phase in host)
         tokens = calibration["samples"] * calibration["seqlen"]
         active = sum(block.active for block in model.blocks)
         layers = sum(layer.parameters for layer in model.layers)

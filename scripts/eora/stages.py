@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, origin, pick, settings, shares, variants
+from eora.config import Config, Variant, bare, origin, pick, settings, shares, variants
 
 Params = dict[str, Any]
 
@@ -204,6 +204,7 @@ def report_params(config: Config) -> Params:
             name: settings(entry) | pick(entry, ("calibration",))
             for name, entry in config["compressions"].items()
         },
+        "bare": {name: bare(config, name) for name in config["compressions"]},
         **{key: config[key] for key in ("adapters", "calibrations")},
         "version": REPORT_VERSION,
     }
@@ -244,6 +245,12 @@ def _calibrated(config: Config, model: str, calibration: str) -> Iterator[Place]
     yield place("tokenize", model=model, calibration=calibration)
 
 
+def rounded_around(config: Config, model: str, compression: str) -> Variant:
+    """The compensated model whose adapter a compression is rounded around."""
+    around = config["compressions"][compression]["around"]
+    return Variant(model, around["compression"], around["adapter"], around["rank"], around["bits"])
+
+
 def _behind(config: Config, variant: Variant) -> Iterator[Place]:
     """All results that a variant is made of."""
     model, compression, adapter = variant.model, variant.compression, variant.adapter
@@ -255,6 +262,8 @@ def _behind(config: Config, variant: Variant) -> Iterator[Place]:
         yield from _calibrated(config, model, entry["calibration"])
     else:
         yield place("download_checkpoint", model=model, compression=compression)
+    if "around" in entry:
+        yield from _behind(config, rounded_around(config, model, compression))
     yield place("compress", model=model, compression=compression)
     if adapter is None:
         return

@@ -39,6 +39,8 @@ tasks:
   p: {perplexity: d}
 """
 REMOVE = object()
+AROUND = {"compression": "w2", "adapter": "e", "rank": 4}
+AGAIN = {"bits": 2, "calibration": "c", "around": AROUND}
 EXISTING = {"method": "existing", "model": "m", "checkpoint": {"hub": "o/q", "revision": "main"}}
 
 
@@ -50,9 +52,9 @@ def put(config, at, value):
     """Set, or remove, what lies at a path: dotted text, or a tuple where a key has a dot."""
     *parents, key = at.split(".") if isinstance(at, str) else at
     for parent in parents:
-        config = config[parent]
+        config = config.setdefault(parent, {})
     if value is REMOVE:
-        del config[key]
+        config.pop(key, None)
     else:
         config[key] = value
 
@@ -172,6 +174,36 @@ MISTAKES = {
         EXISTING | {"calibration": "c"},
         "goes with methods that calibrate, not with existing; remove it",
     ),
+    "around an unknown compression": (
+        "compressions.again",
+        AGAIN | {"around": AROUND | {"compression": "w3"}},
+        "compressions has no entry 'w3'; known: w2, again",
+    ),
+    "around an unknown adapter": (
+        "compressions.again",
+        AGAIN | {"around": AROUND | {"adapter": "x"}},
+        "adapters has no entry 'x'; known: e",
+    ),
+    "around a rank above max_rank": (
+        "compressions.again",
+        AGAIN | {"around": AROUND | {"rank": 600}},
+        "600 is above adapters.e.max_rank 512; raise max_rank (",
+    ),
+    "around itself": (
+        "compressions.w2.around",
+        AROUND,
+        "w2 is made around itself; name one made before it",
+    ),
+    "around a checkpoint": (
+        "compressions",
+        {"w4": EXISTING, "again": AGAIN | {"around": AROUND | {"compression": "w4"}}},
+        "w4 is an existing checkpoint, which belongs to one model; name one that is made of",
+    ),
+    "gptq around an adapter": (
+        "compressions.again",
+        AGAIN | {"method": "gptq"},
+        "goes with autoround, not with gptq; remove it",
+    ),
     "data set and mix": ("calibrations.c.mix", {"d": 0.5, "x": 0.5}, "exactly one of dataset and"),
     "no data set": ("calibrations.c.dataset", REMOVE, "dataset and mix (found neither)"),
     "shares of more than all": ("calibrations.c", mixed(d=0.5, e=0.6), "the shares add up to 1.1"),
@@ -230,6 +262,12 @@ NAMED = {
     "shares of more than all": "calibrations.c.mix",
     "share of an unknown one": "calibrations.c.mix.x",
     "share of no sample": "calibrations.c.mix.e",
+    "around an unknown compression": "compressions.again.around.compression",
+    "around an unknown adapter": "compressions.again.around.adapter",
+    "around a rank above max_rank": "compressions.again.around.rank",
+    "around itself": "compressions.w2.around.compression",
+    "around a checkpoint": "compressions.again.around.compression",
+    "gptq around an adapter": "compressions.again.around",
     "two ways to judge": "tasks.t",
     "no way to judge": "tasks.t",
     "two sources": "models.m",
@@ -505,7 +543,8 @@ def defaults(schema=SCHEMA, at=()):
     for key, entry in schema.get("properties", {}).items():
         if "default" in entry:
             yield (*at, key), entry["default"]
-        yield from defaults(entry, (*at, key))
+        if "required" not in entry:  # else there is more to it than this default
+            yield from defaults(entry, (*at, key))
     if isinstance(schema.get("additionalProperties"), dict):
         for name in changed()[at[0]]:
             yield from defaults(schema["additionalProperties"], (*at, name))
@@ -847,3 +886,30 @@ def test_snakemake_checks_ranks_against_models_that_are_there(tmp_path):
     assert done.returncode == 1
     assert "adapters.e.ranks: 48 is above the width of model.layers.0.self_attn" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- compressions around adapters ---
+
+
+def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():
+    """The adapter that it is made around is made too, in bits and at a rank that nobody asked for;
+    what it is compared with is the compression that the first round began with."""
+    twice = AGAIN | {"around": AROUND | {"compression": "again", "bits": 3}}
+    config = cfg.validate(
+        changed(
+            ("compressions.again", AGAIN), ("compressions.twice", twice), ("adapters.e.ranks", [8])
+        ),
+        SCHEMA,
+    )
+    assert [v.name for v in cfg.variants(config)] == [
+        "original",
+        *("w2", "w2+e-r8-4bit", "again+e-r8-4bit", "twice+e-r8-4bit"),
+    ]
+    asked = [place.folder for place in stages.asked(config)]
+    order = [
+        *("compressed/m/w2", "adapters/m/w2/e/r4-4bit", "compressed/m/again"),
+        *("adapters/m/again/e/r4-3bit", "compressed/m/twice", "adapters/m/twice/e/r8-4bit"),
+    ]
+    assert [folder for folder in asked if folder in order] == order
+    assert cfg.asked_ranks(config) == {"e": [8, 4, 4]}
+    assert [cfg.bare(config, name) for name in ("w2", "again", "twice")] == ["w2"] * 3

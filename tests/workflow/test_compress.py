@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT, make_model, make_packed
-from eora import architectures, existing, loading, manifest, streaming
+from eora import architectures, existing, loading, lowrank, manifest, streaming
 from eora.errors import Mistake
 
 ROUNDED = {"bits": 4, "group_size": 32, "sym": True, "keep": []}
@@ -118,6 +118,41 @@ def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, c
                 assert (zeros_of_four(weight) >= 2).all()
             elif "sparsity" in settings:
                 assert (weight == 0).double().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_model_is_rounded_around_an_adapter(pipeline, tmp_path):
+    """What is saved is W - B A, here in 8 bits and so nearly exact, under the layers' own names."""
+    model, tokens = pipeline.results / "models/tiny", pipeline.results / "tokens/tiny/rounding"
+    adapter = pipeline.results / "adapters/tiny/w2/eora/r8-4bit"
+    around = {"compression": "w2", "adapter": "eora", "rank": 8, "bits": 4}
+    settings = SETTINGS | {"bits": 8, "keep": ["mlp.up_proj"], "around": around}
+    command = [sys.executable, ROOT / "scripts/compress.py", "--params", json.dumps(settings)]
+    command += ["--model", model, "--tokens", tokens, "--out", tmp_path, "--device", "cpu"]
+    command += ["--adapter", adapter]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    made = manifest.load(tmp_path)
+    assert made["params"]["around"] == around
+    assert made["inputs"]["adapter"] == manifest.digest(adapter / "adapter")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    plain = pipeline.results / "compressed/tiny/w2/model/model.safetensors"
+    named = manifest.tensor_shapes(tmp_path / "model/model.safetensors").keys()
+    assert {n.rpartition(".")[0] for n in named} == {
+        n.rpartition(".")[0] for n in manifest.tensor_shapes(plain)
+    }
+    assert ".base" not in json.dumps(config)
+
+    factors = lowrank.load_factors(adapter / "adapter")
+    original = streaming.BlockStream(model / "model", "cpu")
+    stream = streaming.BlockStream(tmp_path / "model", "cpu")
+    with stream.block(1) as block, original.block(1) as exact:
+        for name, layer in architectures.linear_layers(block).items():
+            weight = architectures.dense_weight(exact.get_submodule(name))
+            a, b = factors[f"model.layers.1.{name}"].matrices(torch.float32)
+            found = architectures.dense_weight(layer)
+            error = (found - (weight - b @ a)).norm() / weight.norm()
+            assert error < 0.02
+            assert (found - weight).norm() / weight.norm() > 3 * error  # so B A tells
 
 
 SMALL = {

@@ -236,6 +236,8 @@ class Row:
     why: str | None = None  # what status must name; the key itself where None
 
 
+INNER = {"bits": 2, "group_size": 32, "iters": 1, "calibration": "rounding"}
+AROUND = {"compression": "inner", "adapter": "eora", "rank": 4, "bits": 3}
 TABLE = {
     "results": Row(edit(("results", "elsewhere")), [some()]),
     "models.*.hub": Row(edit(("models/twin/hub", "tiny/other")), OF_TWIN),
@@ -294,6 +296,14 @@ TABLE = {
     "compressions.*.checkpoint.path": Row(
         edit(("compressions/w4/checkpoint/path", "sources/other")), OF_W4
     ),
+    **{
+        f"compressions.*.around.{key}": Row(
+            edit(("compressions/inner", INNER), ("compressions/w2/around", AROUND)),
+            OF_W2,
+            why=rf"compressions\.w2\.around\.{key}: - -> ",
+        )
+        for key in AROUND
+    },
     "adapters.*.calibration": Row(edit(("adapters/eora/calibration", "rounding")), FITTED),
     "adapters.*.ranks": Row(edit(("adapters/eora/ranks", [4, 8, 12])), NOTHING, why=""),
     "adapters.*.max_rank": Row(edit(("adapters/eora/max_rank", 24)), FITTED),

@@ -175,6 +175,16 @@ def refuse_doubles():
         )
 
 
+def tracked_and_files(folders):
+    """Inputs by key -> (folder, what in it): their manifests (tracked) and big files (ancient)."""
+    tracked = {key: made(folder) for key, (folder, _) in folders.items()}
+    files = {
+        f"{key}_files": ancient(f"{RESULTS}/{folder}/{name}")
+        for key, (folder, name) in folders.items()
+    }
+    return tracked | files
+
+
 # --- tokenize.smk ---
 
 
@@ -187,20 +197,25 @@ def datasets_of(wc):
 
 
 def compress_inputs(wc):
-    """What a model is compressed by: calibration samples, or the existing checkpoint."""
+    """What a model is compressed by: calibration samples, and the adapter that it is rounded
+    around if there is one; or the existing checkpoint."""
     entry = config["compressions"][wc.compression]
+    folders = {}
     if "checkpoint" in entry:
-        key, folder, name = "checkpoint", f"checkpoints/{wc.model}/{wc.compression}", "model"
+        folders["checkpoint"] = (f"checkpoints/{wc.model}/{wc.compression}", "model")
     else:
-        key, folder = "tokens", f"tokens/{wc.model}/{entry['calibration']}"
-        name = "tokens.safetensors"
-    return {key: made(folder), f"{key}_files": ancient(f"{RESULTS}/{folder}/{name}")}
+        tokens = f"tokens/{wc.model}/{entry['calibration']}"
+        folders["tokens"] = (tokens, "tokens.safetensors")
+    if "around" in entry:
+        inner = stages.rounded_around(config, wc.model, wc.compression)
+        folders["adapter"] = (inner.adapter_folder, "adapter")
+    return tracked_and_files(folders)
 
 
 def compress_options(input):
-    """The script's argument for that."""
-    (key,) = {"checkpoint", "tokens"} & set(input.keys())
-    return [f"--{key}", input[key]]
+    """The script's arguments for those."""
+    keys = ("checkpoint", "tokens", "adapter")
+    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
 
 
 # --- covariance.smk ---
@@ -253,12 +268,7 @@ def evaluation_inputs(wc):
     ):
         if name is not None:
             folders[key] = (f"datasets/{name}", "data")
-    tracked = {key: made(folder) for key, (folder, _) in folders.items()}
-    files = {
-        f"{key}_files": ancient(f"{RESULTS}/{folder}/{name}")
-        for key, (folder, name) in folders.items()
-    }
-    return tracked | files
+    return tracked_and_files(folders)
 
 
 def evaluation_options(wc, input):

@@ -45,8 +45,8 @@ CSV_COLUMNS = [
 ]
 
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["available", "best_for_size", "dtype", "each", "metrics", "prompt_tokens"]
-PAGE_COLUMNS += ["residuals", "tools"]
+PAGE_COLUMNS = ["available", "bare", "best_for_size", "dtype", "each", "metrics"]
+PAGE_COLUMNS += ["prompt_tokens", "residuals", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
 _WHOLE += ["other_bytes", "adapter_bytes", "available", "prompt_tokens"]
@@ -104,11 +104,17 @@ def base_row(rows: list[Row], compression: str | None) -> Row | None:
     return next((r for r in plain if r["compression"] == compression), None)
 
 
+def uncompensated(row: Row, rows: list[Row]) -> Row | None:
+    """The row whose loss this one's adapter makes up for, if there is one: the same compression
+    without it; of one made around an adapter, of no use alone, that which it began with."""
+    return base_row(rows, row["bare"])
+
+
 def recovered(row: Row, rows: list[Row]) -> float | None:
     """`recovered_share` of one row among all rows of its model and task."""
     if pd.isna(row["adapter"]):
         return None
-    original, compressed = base_row(rows, None), base_row(rows, row["compression"])
+    original, compressed = base_row(rows, None), uncompensated(row, rows)
     if original is None or compressed is None:
         return None
     values = (r["value"] for r in (original, compressed, row))
@@ -116,8 +122,8 @@ def recovered(row: Row, rows: list[Row]) -> float | None:
 
 
 def p_of_adapter(row: Row, rows: list[Row]) -> float | None:
-    """`p_value` of a variant with adapter against the same compression without."""
-    compressed = None if pd.isna(row["adapter"]) else base_row(rows, row["compression"])
+    """`p_value` of a variant with adapter against :func:`uncompensated`."""
+    compressed = None if pd.isna(row["adapter"]) else uncompensated(row, rows)
     return None if compressed is None else p_value(row, compressed)
 
 

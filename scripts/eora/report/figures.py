@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from eora.report.comparing import base_row, is_perplexity
+from eora.report.comparing import base_row, is_perplexity, uncompensated
 from eora.report.reading import Row, known
 from eora.report.words import show_bytes, show_value
 
@@ -168,7 +168,7 @@ def series(rows: list[Row]) -> list[list[Row]]:
         if not pd.isna(row["adapter"]):
             key = (row["compression"], row["adapter"], row["adapter_bits"])
             groups.setdefault(key, []).append(row)
-    starts = {key: base_row(rows, key[0]) for key in groups}
+    starts = {key: uncompensated(group[0], rows) for key, group in groups.items()}
     return [
         ([starts[key]] if starts[key] else []) + sorted(group, key=lambda r: r["rank"])
         for key, group in groups.items()
@@ -183,7 +183,7 @@ def style_axes(axes: Axes, rows: list[Row], across: Across) -> None:
     axes.set_ylabel(f"{metric} ({better})", labelpad=9)
     axes.margins(x=0.09, y=0.12)
     if across.ranks:
-        axes.set_xscale("symlog", base=2, linthresh=across.ranks[0])
+        axes.set_xscale("symlog", base=2, linthresh=across.ranks[0], linscale=0.5)
         axes.set_xticks([0, *across.ranks], ["0", *map(str, across.ranks)])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

@@ -58,9 +58,11 @@ def mean_recovered(rows: list[Row]) -> dict[str, float]:
 
 def recovery_part(row: Row, compressed: Row, first: bool) -> Markup:
     """ "71 % of the loss on arc-easy", with a warning if the gain may be chance."""
+    own = row["bare"] == row["compression"]
+    loss = "of the loss " if own else Markup("of the loss of {} ").format(row["bare"])
     return Markup("{} {}on {}{}").format(
         show_share(row["recovered"]),
-        "of the loss " if first else "",
+        loss if first else "",
         row["task"],
         " (within noise)" if is_noise(row, compressed) else "",
     )
@@ -80,9 +82,8 @@ def best_adapter(rows: list[Row], compression: str) -> Markup | None:
     extra = {r["variant"]: r["adapter_bytes"] for r in adapted}
     best = min(means, key=lambda v: (-means[v], extra[v], v))
     mine = [r for r in adapted if r["variant"] == best and not pd.isna(r["recovered"])]
-    plain = {
-        r["task"]: r for r in rows if r["compression"] == compression and pd.isna(r["adapter"])
-    }
+    bare = adapted[0]["bare"]
+    plain = {r["task"]: r for r in rows if r["compression"] == bare and pd.isna(r["adapter"])}
     whole = Markup("<strong>{}</strong>: the best adapter, <strong>{}</strong>, {}").format(
         compression, short_name(mine[0]), "" if means[best] > 0 else "does not help: it "
     )
