@@ -24,7 +24,7 @@ from eora.lowrank import Factors, LowRankLinear, load_factors
 from eora.streaming import BlockStream
 
 
-def put_beside(model: nn.Module, adapter: Path) -> None:
+def put_beside(model: nn.Module, adapter: Path) -> list[str]:
     """Split each layer of an adapter into W - B A and B A beside it, in place.
 
     In sum the layer is what it was, but for rounding W - B A to the layer's dtype.
@@ -32,13 +32,18 @@ def put_beside(model: nn.Module, adapter: Path) -> None:
     Args:
         model: the original.
         adapter: 16-bit or packed; packed factors are unpacked once, as all steps use them.
+
+    Returns:
+        The names of those layers.
     """
-    for name, factors in load_factors(adapter).items():
+    found = load_factors(adapter)
+    for name, factors in found.items():
         layer = model.get_submodule(name)
         a, b = factors.matrices(torch.float32)
         layer.weight.data = (layer.weight.float() - b @ a).to(layer.weight.dtype)
         dtype = layer.weight.dtype
         model.set_submodule(name, LowRankLinear(layer, Factors(a.to(dtype), b.to(dtype))))
+    return list(found)
 
 
 def take_apart(folder: Path) -> None:
@@ -100,18 +105,18 @@ def quantize(
         Mistake: the settings do not fit the model's layers.
     """
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
-    layers.chosen(skeleton, group_size, keep)
+    rounded = set(layers.chosen(skeleton, group_size, keep))
     if adapter is not None:
         layers.check_plain(skeleton, "around", "an adapter stands beside")
     from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
-    )
+    from eora.loading import load_original
+
+    model, tokenizer = load_original(folder, trust_remote_code)
     if adapter is not None:
-        put_beside(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        beside = put_beside(model, adapter)
+        # By their names within, which an expression may not match.
+        keep = keep + [f"{name}.base" for name in beside if name not in rounded]
     # AutoRound takes a list of batches in place of a data set's name: nothing is downloaded.
     data: list[dict[str, Any]] = [
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

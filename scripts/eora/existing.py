@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -13,13 +14,15 @@ from eora import sources
 from eora.architectures import dense_weight, experts, linear_layers
 from eora.errors import Mistake
 from eora.loading import COMPRESSED_TENSORS, quantization_format
-from eora.streaming import BlockStream
+from eora.streaming import BlockStream, weight_files
 
 FORMATS = ("auto-round", "gptq", COMPRESSED_TENSORS)
 # Norms and biases are stored in 16 bits on both sides at worst: that far they may differ.
 ROUNDING = 0.01
 # Of the weights' norm: 2-bit rounding costs up to a half of it, another model's weights 1.4.
 LARGEST_ERROR = 0.9
+# Of an embedding, compared at a time.
+ROWS = 4096
 
 
 def _check_format(folder: Path, trust_remote_code: bool) -> str | None:
@@ -73,6 +76,26 @@ def _differences(exact: torch.nn.Module, rounded: torch.nn.Module) -> Iterator[t
             yield name, (gap / tensor.float().norm().clamp(min=1e-12)).item()
 
 
+def _outside(original: Path, folder: Path, prefix: str) -> Iterator[tuple[str, float]]:
+    """Likewise for what lies outside the decoder's blocks: embeddings, last norm and head, where
+    the checkpoint holds them plainly and in the same shape."""
+    ours, theirs = weight_files(original), weight_files(folder)
+    for name in sorted(ours.keys() & theirs.keys()):
+        if name.startswith(f"{prefix}."):
+            continue
+        with safe_open(ours[name], "pt") as exact, safe_open(theirs[name], "pt") as stored:
+            one, other = exact.get_slice(name), stored.get_slice(name)
+            if one.get_shape() != other.get_shape():
+                continue
+            gap = size = 0.0
+            for start in range(0, one.get_shape()[0], ROWS):
+                rows = slice(start, start + ROWS)
+                tensor = one[rows].float()
+                gap += (tensor - other[rows].float()).square().sum().item()
+                size += tensor.square().sum().item()
+            yield name, (gap / max(size, 1e-24)) ** 0.5
+
+
 def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict[str, float]:
     """Compare every layer of a checkpoint with the original's, block by block, on the CPU.
 
@@ -91,6 +114,13 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
     another = f"{folder} is no compressed form of the model in {original}"
     if len(exact_model) != len(rounded_model):
         raise Mistake(f"{another}: {len(rounded_model)} blocks for {len(exact_model)}")
+    for name, gap in _outside(original, folder, exact_model.prefix):
+        if gap > ROUNDING:
+            raise Mistake(
+                f"{folder}: {name} is not the original's ({gap:.0%} off): the model was "
+                "fine-tuned, or its vocabulary changed; name the model and the revision that was "
+                "compressed"
+            )
     errors = {}
     for index in tqdm(range(len(exact_model)), desc="blocks", unit="block"):
         with exact_model.block(index) as exact, rounded_model.block(index) as rounded:

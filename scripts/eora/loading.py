@@ -78,6 +78,16 @@ def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return forget_quantization(model).to(dtype)
 
 
+def load_original(
+    folder: Path, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to be compressed, on the CPU in the dtype that it is stored in, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def load(
     folder: str | Path,
     adapter: str | Path | None = None,

@@ -80,13 +80,11 @@ def compress(
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from loguru import logger
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eora.loading import load_original
 
     logger.disable("llmcompressor.utils.metric_logging")  # two lines a layer
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_original(folder, trust_remote_code)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ignore = sorted(linear - chosen)
     samples = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in input_ids.long()]

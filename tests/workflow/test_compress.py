@@ -220,6 +220,16 @@ def test_a_checkpoint_that_rescales_what_its_layers_read_is_refused(pipeline, tm
     assert "as after AWQ or SmoothQuant" in output
 
 
+@pytest.mark.parametrize("part", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_checkpoint_with_other_embeddings_or_norm_is_refused(pipeline, tmp_path, part):
+    model = shutil.copytree(pipeline.results / "models/tiny/model", tmp_path / "tuned")
+    weights = load_file(model / "model.safetensors")
+    weights[part][-1] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Mistake, match=rf"{re.escape(part)} is not the original's"):
+        existing.check(pipeline.results / "models/tiny/model", model)
+
+
 FORMATS = {
     "awq": ({"quant_method": "awq"}, "its weights are stored as awq, which is not read here"),
     "desc_act": ({"quant_method": "gptq", "desc_act": True}, "columns in another order (desc_act)"),

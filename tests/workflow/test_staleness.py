@@ -46,7 +46,14 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
     yield job("compress", **names)
     if "checkpoint" in config["compressions"][names["compression"]]:
         yield job("download_checkpoint", **names)
-    yield from (job("evaluate", **names, task=task) for task in config["tasks"])
+    around = config["compressions"][names["compression"]].get("around")
+    if around:  # it is made from an adapter, and not judged without one
+        inner = {key: around[key] for key in ("compression", "adapter", "rank")}
+        yield job("adapter", model=names["model"], **inner)
+        if around["bits"] != 16:
+            yield job("quantize_adapter", model=names["model"], **inner, bits=around["bits"])
+    else:
+        yield from (job("evaluate", **names, task=task) for task in config["tasks"])
     shards = config.get("covariance", {}).get("shards", 1)
     for adapter, entry in config["adapters"].items():
         for shard in range(shards):
