@@ -109,6 +109,17 @@ def _bare(source: Source) -> str:
     return name
 
 
+def _checkpoint(source: Source) -> dict[str, str]:
+    """Where the compressed model was taken from, if somebody else made it."""
+    place = source.variant
+    made = source.results / "checkpoints" / place.model / place.compression / manifest.NAME
+    if not made.is_file():
+        return {}
+    taken = manifest.load(made)["params"]["source"]
+    revision = f" at revision {taken['revision']}" if "revision" in taken else ""
+    return {"checkpoint": config.origin(taken) + revision}
+
+
 def _scores(source: Source) -> Iterator[dict[str, Any]]:
     """A row for each task that the original, the compressed and the compensated model share."""
     place = source.variant
@@ -161,7 +172,8 @@ def facts(source: Source) -> dict[str, Any]:
             key: compressed["params"][key]
             for key in _COMPRESSION
             if compressed["params"].get(key) is not None
-        },
+        }
+        | _checkpoint(source),
         "weights": {name: entry["sha256"] for name, entry in weights.items()},
         "bytes": sum(entry["bytes"] for entry in _weights(adapter, "adapter").values()),
         "base_bytes": sum(entry["bytes"] for entry in weights.values()),

@@ -19,6 +19,7 @@ from eora import (
     adapters,
     architectures,
     block_files,
+    export,
     factor_files,
     loading,
     lowrank,
@@ -248,6 +249,13 @@ def test_an_exported_adapter_carries_what_was_measured(pipeline, tmp_path):
         torch.testing.assert_close(theirs, model(IDS).logits)
     code, output = run_export(pipeline, 16, out)
     assert code == 1 and "is there already" in output
+
+
+def test_a_card_names_the_checkpoint_that_somebody_made(pipeline):
+    source = export.Source.of(pipeline.results / "adapters/tiny/w4/eora/r8-16bit")
+    assert "| its compression | method existing, checkpoint packed |" in export.card(
+        export.facts(source)
+    )
 
 
 def test_a_merged_checkpoint_is_plain_and_computes_the_same(pipeline, tmp_path):
