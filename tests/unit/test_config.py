@@ -810,6 +810,18 @@ JOBS = {
         "adapter": 4 * 3,
         "evaluate": 1 + 4 * (1 + 3),
     },
+    "smollm2-around": {
+        "download_model": 1,
+        "download_dataset": 2,
+        "check_model": 1,
+        "tokenize": 2,
+        "compress": 3,
+        "covariance": 1,
+        "decompose": 3,
+        "adapter": 3 * 2,
+        "quantize_adapter": 3 * 2,
+        "evaluate": 1 + 2 + 3 * 2 * 2,  # what is made around an adapter is not judged without
+    },
     "qwen3-32b-2bit": {
         "download_model": 1,
         "download_dataset": 2,
