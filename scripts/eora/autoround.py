@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from eora import layers
 from eora.lowrank import Factors, LowRankLinear, load_factors
-from eora.streaming import BlockStream
+from eora.streaming import INDEX, BlockStream
 
 
 def put_beside(model: nn.Module, adapter: Path) -> list[str]:
@@ -46,28 +47,41 @@ def put_beside(model: nn.Module, adapter: Path) -> list[str]:
     return list(found)
 
 
-def take_apart(folder: Path) -> None:
+def take_apart(folder: Path, beside: list[str]) -> None:
     """Make a saved model of :func:`put_beside` one whose layers have their own names and no
-    adapter, in place: for files as transformers saves them."""
-    for file in folder.glob("*.safetensors"):
-        tensors = {
-            name.replace(".base.", "."): tensor
-            for name, tensor in load_file(file).items()
-            if ".factors." not in name
+    adapter, in place.
+
+    Args:
+        folder: as transformers saves models, in one file or several.
+        beside: the layers that have an adapter.
+    """
+    own = {f"{name}.base": name for name in beside}
+    factors = {f"{name}.factors" for name in beside}
+
+    def renamed(names: Iterable[str]) -> dict[str, str]:
+        split = {name: name.rpartition(".")[::2] for name in names}
+        return {
+            name: f"{own[layer]}.{last}" if layer in own else name
+            for name, (layer, last) in split.items()
+            if layer not in factors
         }
-        save_file(tensors, file, {"format": "pt"})
-    for file in folder.glob("*.json"):
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file(
+            {new: tensors[name] for name, new in renamed(tensors).items()}, file, {"format": "pt"}
+        )
+    index = folder / INDEX
+    if index.is_file():
+        told = json.loads(index.read_text())
+        places = told["weight_map"]
+        told["weight_map"] = {new: places[name] for name, new in renamed(places).items()}
+        index.write_text(json.dumps(told, indent=2) + "\n")
+    for file in (folder / "config.json", folder / "quantization_config.json"):
         text = file.read_text()
-        told = json.loads(text)
-        if file.name.endswith(".index.json"):
-            told["weight_map"] = {
-                name.replace(".base.", "."): where
-                for name, where in told["weight_map"].items()
-                if ".factors." not in name
-            }
-            file.write_text(json.dumps(told, indent=2) + "\n")
-        elif ".base" in text and file.name in ("config.json", "quantization_config.json"):
-            file.write_text(text.replace(".base", ""))
+        for name in filter(text.__contains__, own):  # layers with settings of their own
+            text = text.replace(name, own[name])
+        file.write_text(text)
 
 
 def quantize(
@@ -147,6 +161,6 @@ def quantize(
     _, folders = rounder.quantize_and_save(str(scratch), format=format)
     saved = Path(folders[0] if isinstance(folders, list | tuple) else folders)
     if adapter is not None:
-        take_apart(saved)
+        take_apart(saved, beside)
     saved.rename(out)
     shutil.rmtree(scratch, ignore_errors=True)
