@@ -711,5 +711,5 @@ def test_a_compression_made_around_an_adapter_is_compared_with_its_first_rounds(
     plan = make(tmp_path, values) | {"bare": {"w2g32": "w2g32", "w4g32": "w2g32"}}
     frame = report.build(tmp_path, plan)
     assert cell(frame, "w4g32+r8", "recovered") == pytest.approx(0.75)
-    said = f"wins back 75{show.NBSP}% of the loss of w2g32 on arc-easy"
-    assert said in text_of(page(tmp_path, plan))
+    text = text_of(page(tmp_path, plan))
+    assert "wins back 75 % of the loss of w2g32 on arc-easy" in text
