@@ -114,13 +114,6 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
     another = f"{folder} is no compressed form of the model in {original}"
     if len(exact_model) != len(rounded_model):
         raise Mistake(f"{another}: {len(rounded_model)} blocks for {len(exact_model)}")
-    for name, gap in _outside(original, folder, exact_model.prefix):
-        if gap > ROUNDING:
-            raise Mistake(
-                f"{folder}: {name} is not the original's ({gap:.0%} off): the model was "
-                "fine-tuned, or its vocabulary changed; name the model and the revision that was "
-                "compressed"
-            )
     errors = {}
     for index in tqdm(range(len(exact_model)), desc="blocks", unit="block"):
         with exact_model.block(index) as exact, rounded_model.block(index) as rounded:
@@ -153,6 +146,13 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
                     )
                 lost, total = lost + gap, total + size
             errors[where] = (lost / total) ** 0.5
+    for name, gap in _outside(original, folder, exact_model.prefix):
+        if gap > ROUNDING:
+            raise Mistake(
+                f"{folder}: {name} is not the original's ({gap:.0%} off): the model was "
+                "fine-tuned, or its vocabulary changed; name the model and the revision that was "
+                "compressed"
+            )
     return errors
 
 
