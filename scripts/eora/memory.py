@@ -30,8 +30,7 @@ def peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        status = _STATUS.read_text()
-    except OSError:
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(lines["VmHWM"].removesuffix("kB")) * 1024
+    except (OSError, KeyError):  # no Linux, or one that does not tell
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines = dict(line.split(":", 1) for line in status.splitlines())
-    return int(lines["VmHWM"].removesuffix("kB")) * 1024
