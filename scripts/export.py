@@ -10,6 +10,7 @@ import typer
 
 from eora import cli
 from eora.errors import Mistake
+from eora.result import open_to_others
 
 
 def main(
@@ -41,6 +42,7 @@ def main(
             export.merge(source, partial, trust_remote_code)
         else:
             export.export(source, partial)
+        open_to_others(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -65,6 +65,19 @@ def _abandoned(partial: Path) -> bool:
         return False
 
 
+def open_to_others(folder: Path) -> None:
+    """Give new files the permissions that the user's umask asks for.
+
+    safetensors writes files that their owner alone can read, which is of no use where a group
+    shares its results. Files that are also linked elsewhere are somebody else's: they stay.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(path.stat().st_mode | (0o666 & ~umask))
+
+
 @dataclass(frozen=True)
 class Result:
     """One run of a stage.
@@ -122,6 +135,7 @@ class Result:
         """
         with self._partial() as partial:
             yield partial
+            open_to_others(partial)
             manifest.seal(partial, self.recipe, self.volatile + self.passing, notes)
             if self.kept is not None:
                 store.keep(self.kept, self.recipe, partial, self.passing)

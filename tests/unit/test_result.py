@@ -3,10 +3,13 @@
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import ROOT
 from eora import manifest
@@ -43,6 +46,23 @@ def test_a_job_that_dies_leaves_no_manifest(tmp_path):
     assert not (tmp_path / manifest.NAME).exists()
     assert not (tmp_path / "half.txt").exists()
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):
+    """Those that safetensors wrote for their owner alone; not those that are linked elsewhere."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("x")
+    theirs.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        with Result(tmp_path / "out", "s", {"version": 1}).publish() as out:
+            save_file({"w": torch.zeros(1)}, out / "w.safetensors")
+            (out / "w.safetensors").chmod(0o600)
+            os.link(theirs, out / "linked")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert (modes["w.safetensors"], modes["linked"]) == (0o640, 0o600)
 
 
 def test_what_a_killed_job_left_is_cleared(tmp_path):
