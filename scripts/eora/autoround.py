@@ -25,19 +25,20 @@ from eora.lowrank import Factors, LowRankLinear, load_factors
 from eora.streaming import INDEX, BlockStream
 
 
-def put_beside(model: nn.Module, adapter: Path) -> list[str]:
-    """Split each layer of an adapter into W - B A and B A beside it, in place.
+def put_beside(model: nn.Module, adapter: Path, rounded: set[str]) -> list[str]:
+    """Split each layer that is rounded into W - B A and B A beside it, in place.
 
     In sum the layer is what it was, but for rounding W - B A to the layer's dtype.
 
     Args:
         model: the original.
         adapter: 16-bit or packed; packed factors are unpacked once, as all steps use them.
+        rounded: full names of the layers that are; others stay as they are.
 
     Returns:
         The names of those layers.
     """
-    found = load_factors(adapter)
+    found = {n: f for n, f in load_factors(adapter).items() if n in rounded}
     for name, factors in found.items():
         layer = model.get_submodule(name)
         a, b = factors.matrices(torch.float32)
@@ -81,7 +82,13 @@ def take_apart(folder: Path, beside: list[str]) -> None:
         text = file.read_text()
         for name in filter(text.__contains__, own):  # layers with settings of their own
             text = text.replace(name, own[name])
-        file.write_text(text)
+        told = json.loads(text)
+        for stored in (told, told.get("quantization_config", {})):
+            # GPTQ's format lists them by their names within a block.
+            key = "modules_in_block_to_quantize"
+            if stored.get(key):
+                stored[key] = [[n.removesuffix(".base") for n in some] for some in stored[key]]
+        file.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def quantize(
@@ -128,9 +135,7 @@ def quantize(
 
     model, tokenizer = load_original(folder, trust_remote_code)
     if adapter is not None:
-        beside = put_beside(model, adapter)
-        # By their names within, which an expression may not match.
-        keep = keep + [f"{name}.base" for name in beside if name not in rounded]
+        beside = put_beside(model, adapter, rounded)
     # AutoRound takes a list of batches in place of a data set's name: nothing is downloaded.
     data: list[dict[str, Any]] = [
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

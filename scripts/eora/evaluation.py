@@ -87,7 +87,7 @@ def prompt(model: PreTrainedModel) -> int:
         Its length: :data:`PROMPT_TOKENS` tokens, or as many as the model can.
     """
     limits = model.config.get_text_config()
-    length = min(PROMPT_TOKENS, getattr(limits, "max_position_embeddings", PROMPT_TOKENS))
+    length = min(PROMPT_TOKENS, getattr(limits, "max_position_embeddings", None) or PROMPT_TOKENS)
     ids = torch.arange(length, device=model.device)[None] % limits.vocab_size
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     model(input_ids=ids, use_cache=True, **last)

@@ -85,7 +85,7 @@ def _outside(original: Path, folder: Path, prefix: str) -> Iterator[tuple[str, f
             continue
         with safe_open(ours[name], "pt") as exact, safe_open(theirs[name], "pt") as stored:
             one, other = exact.get_slice(name), stored.get_slice(name)
-            if one.get_shape() != other.get_shape():
+            if not one.get_shape() or one.get_shape() != other.get_shape():
                 continue
             gap = size = 0.0
             for start in range(0, one.get_shape()[0], ROWS):

@@ -17,7 +17,7 @@ def test_a_layer_with_an_adapter_beside_it_is_what_it_was(tmp_path):
     before, weight = {name: layer(x) for name, layer in model.items()}, model["q"].weight.clone()
     pair = torch.randn(2, 6), torch.randn(4, 2)
     adapters.save_peft(tmp_path, {"q": pair}, 2, "m")
-    assert autoround.put_beside(model, tmp_path) == ["q"]
+    assert autoround.put_beside(model, tmp_path, {"q"}) == ["q"]
     for name, layer in model.items():
         torch.testing.assert_close(layer(x), before[name], rtol=1e-4, atol=1e-4)
     product = pair[1].half().float() @ pair[0].half().float()
@@ -33,7 +33,8 @@ def test_a_saved_model_gets_its_own_names_back(tmp_path):
     index = {"weight_map": dict.fromkeys(names, first) | {"a.v.weight": second}}
     (tmp_path / INDEX).write_text(json.dumps(index))
     (tmp_path / "config.json").write_text(json.dumps({"kept": {"a.q.base": 16}, "x": "a.base"}))
-    (tmp_path / "quantization_config.json").write_text("{}")
+    listed = {"modules_in_block_to_quantize": [["q.base"], ["k"]]}
+    (tmp_path / "quantization_config.json").write_text(json.dumps(listed))
     autoround.take_apart(tmp_path, ["a.q"])
     wanted = {"a.q.qweight", "a.q.bias", "a.base.k.weight", "norm"}
     assert load_file(tmp_path / first).keys() == wanted
@@ -41,3 +42,5 @@ def test_a_saved_model_gets_its_own_names_back(tmp_path):
     assert places == dict.fromkeys(wanted, first) | {"a.v.weight": second}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {"kept": {"a.q": 16}, "x": "a.base"}
+    stored = json.loads((tmp_path / "quantization_config.json").read_text())
+    assert stored == {"modules_in_block_to_quantize": [["q"], ["k"]]}

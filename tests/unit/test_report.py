@@ -690,8 +690,7 @@ def test_page_says_what_was_not_run(tmp_path):
     evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6, available=2376)
     told = page(tmp_path, plan).split("What was not run")[1].split("</ul>")[0]
     assert re.findall(r"<li>(.*)</li>", told) == [
-        "arc-easy: the first 200 of 2,376 samples were judged. The rest: remove "
-        "tasks.arc-easy.limit.",
+        "arc-easy: 200 of 2,376 samples were judged. The rest: remove tasks.arc-easy.limit.",
         "eora: fitted up to rank 64, judged at 8. Any other needs no new fit: add it to "
         "adapters.eora.ranks.",
         "eora: judged in 16 bits alone. In 4 bits an adapter takes about a quarter of the bytes: "

@@ -150,6 +150,9 @@ def test_a_model_is_rounded_around_an_adapter(pipeline, tmp_path):
             weight = architectures.dense_weight(exact.get_submodule(name))
             a, b = factors[f"model.layers.1.{name}"].matrices(torch.float32)
             found = architectures.dense_weight(layer)
+            if name == "mlp.up_proj":  # kept: as it was
+                assert (found - weight).norm() / weight.norm() < 0.01
+                continue
             error = (found - (weight - b @ a)).norm() / weight.norm()
             assert error < 0.02
             assert (found - weight).norm() / weight.norm() > 3 * error  # so B A tells

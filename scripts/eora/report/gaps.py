@@ -15,7 +15,7 @@ def cut_tasks(frame: pd.DataFrame) -> list[str]:
     known = frame.dropna(subset=["samples", "available"])
     cut = known[known["samples"] < known["available"]].drop_duplicates("task")
     return [
-        f"{row.task}: the first {row.samples:,} of {row.available:,} samples were judged. "
+        f"{row.task}: {row.samples:,} of {row.available:,} samples were judged. "
         f"The rest: remove tasks.{row.task}.limit."
         for row in cut.itertuples()
     ]
