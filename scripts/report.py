@@ -13,14 +13,12 @@ from eora import cli
 class Params:
     """Keys: variants (what was judged: model, variant, compression, adapter, rank, adapter_bits);
     tasks; metrics (task -> the one to show, null: the usual); compressions, adapters, calibrations
-    (their settings); bare (compression -> the one that it is compared with without adapter);
-    version."""
+    (their settings); version."""
 
     variants: list
     tasks: list
     metrics: dict
     compressions: dict
-    bare: dict
     adapters: dict
     calibrations: dict
     version: int

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eora import layers
+from eora.loading import load_original
 from eora.lowrank import Factors, LowRankLinear, load_factors
 from eora.streaming import INDEX, BlockStream
 
@@ -130,8 +131,6 @@ def quantize(
     if adapter is not None:
         layers.check_plain(skeleton, "around", "an adapter stands beside")
     from auto_round import AutoRound
-
-    from eora.loading import load_original
 
     model, tokenizer = load_original(folder, trust_remote_code)
     if adapter is not None:

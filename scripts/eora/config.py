@@ -9,7 +9,7 @@ import difflib
 import json
 import os.path
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -415,12 +415,17 @@ def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str
         yield f"{where}.compression: {inner} is made around itself; name one made before it"
 
 
-def bare(config: Config, compression: str) -> str:
+def bare(compressions: Mapping[str, Config], name: str) -> str:
     """The compression whose loss an adapter makes up for: one made around an adapter is of no use
-    without, so that which its first round began with."""
-    while around := config["compressions"][compression].get("around"):
-        compression = around["compression"]
-    return compression
+    without, so that which its first round began with.
+
+    Args:
+        compressions: by name, with what each is made around.
+        name: one of them, or the name of none.
+    """
+    while around := compressions.get(name, {}).get("around"):
+        name = around["compression"]
+    return name
 
 
 def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:

@@ -120,13 +120,14 @@ def _checkpoint(source: Source) -> dict[str, str]:
     return {"checkpoint": config.origin(taken) + revision}
 
 
-def _scores(source: Source) -> Iterator[dict[str, Any]]:
-    """A row for each task that the original, the compressed and the compensated model share."""
+def _scores(source: Source, bare: str) -> Iterator[dict[str, Any]]:
+    """A row for each task that the original, the compressed (``bare``) and the compensated model
+    share."""
     place = source.variant
     judged = source.results / "evaluations" / place.model
     names = [
         config.Variant(place.model).name,
-        config.Variant(place.model, _bare(source)).name,
+        config.Variant(place.model, bare).name,
         place.name,
     ]
     for folder in sorted((judged / place.name).glob("*")):
@@ -156,7 +157,7 @@ def _weights(made: manifest.Manifest, folder: str) -> dict[str, dict[str, Any]]:
 def facts(source: Source) -> dict[str, Any]:
     """What an adapter's card tells."""
     adapter, compressed = manifest.load(source.adapter), manifest.load(source.compressed)
-    weights = _weights(compressed, "model")
+    bare, weights = _bare(source), _weights(compressed, "model")
     method, calibration, dataset = _fitted_on(source)
     licences = sorted(path.name for path in (source.original / "model").glob("LICENSE*"))
     return {
@@ -167,7 +168,7 @@ def facts(source: Source) -> dict[str, Any]:
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,
-        "bare": _bare(source) if compressed["params"].get("around") else None,
+        "bare": None if bare == source.variant.compression else bare,
         "compression": {
             key: compressed["params"][key]
             for key in _COMPRESSION
@@ -180,7 +181,7 @@ def facts(source: Source) -> dict[str, Any]:
         "calibration": {"samples": "?", "seqlen": "?", "layout": "?"} | calibration,
         "dataset": dataset,
         "tools": compressed["tools"] | adapter["tools"],
-        "scores": list(_scores(source)),
+        "scores": list(_scores(source, bare)),
     }
 
 

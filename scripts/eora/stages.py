@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, bare, origin, pick, settings, shares, variants
+from eora.config import Config, Variant, origin, pick, settings, shares, variants
 
 Params = dict[str, Any]
 
@@ -204,7 +204,6 @@ def report_params(config: Config) -> Params:
             name: settings(entry) | pick(entry, ("calibration",))
             for name, entry in config["compressions"].items()
         },
-        "bare": {name: bare(config, name) for name in config["compressions"]},
         **{key: config[key] for key in ("adapters", "calibrations")},
         "version": REPORT_VERSION,
     }

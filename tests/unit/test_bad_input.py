@@ -701,7 +701,7 @@ def test_a_metric_that_was_not_measured(tmp_path, capfd):
     original = {"model": "m", "variant": "original"}
     original |= dict.fromkeys(("compression", "adapter", "rank", "adapter_bits"))
     params = {"variants": [original], "tasks": ["t"], "metrics": {"t": "f1"}, "version": 1}
-    params |= {"compressions": {}, "adapters": {}, "calibrations": {}, "bare": {}}
+    params |= {"compressions": {}, "adapters": {}, "calibrations": {}}
     code, shown = run(capfd, "report", results, params=params)
     assert code == 1 and "Traceback" not in shown
     assert "tasks.t.metric: 'f1' was not measured; set it to one of acc" in shown

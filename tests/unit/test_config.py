@@ -924,4 +924,6 @@ def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():
     ]
     assert [folder for folder in asked if folder in order] == order
     assert cfg.asked_ranks(config) == {"e": [8, 4, 4]}
-    assert [cfg.bare(config, name) for name in ("w2", "again", "twice")] == ["w2"] * 3
+    assert [cfg.bare(config["compressions"], name) for name in ("w2", "again", "twice")] == [
+        "w2"
+    ] * 3

@@ -707,7 +707,9 @@ def test_page_says_what_was_not_run(tmp_path):
 def test_a_compression_made_around_an_adapter_is_compared_with_its_first_rounds(tmp_path):
     """It has no row of its own without adapter: what it recovers is of the other's loss."""
     values = {"original": (0.6, 10.0), "w2g32": (0.4, 40.0), "w4g32+r8": (0.55, 20.0)}
-    plan = make(tmp_path, values) | {"bare": {"w2g32": "w2g32", "w4g32": "w2g32"}}
+    around = PLAN["compressions"]["w4g32"] | {"around": {"compression": "w2g32"}}
+    plan = make(tmp_path, values)
+    plan |= {"compressions": PLAN["compressions"] | {"w4g32": around}}
     frame = report.build(tmp_path, plan)
     assert cell(frame, "w4g32+r8", "recovered") == pytest.approx(0.75)
     text = text_of(page(tmp_path, plan))

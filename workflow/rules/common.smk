@@ -185,6 +185,11 @@ def tracked_and_files(folders):
     return tracked | files
 
 
+def options(input, *keys):
+    """A script's arguments for those of these inputs that a job has."""
+    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
+
+
 # --- tokenize.smk ---
 
 
@@ -210,12 +215,6 @@ def compress_inputs(wc):
         inner = stages.rounded_around(config, wc.model, wc.compression)
         folders["adapter"] = (inner.adapter_folder, "adapter")
     return tracked_and_files(folders)
-
-
-def compress_options(input):
-    """The script's arguments for those."""
-    keys = ("checkpoint", "tokens", "adapter")
-    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
 
 
 # --- covariance.smk ---
@@ -269,12 +268,6 @@ def evaluation_inputs(wc):
         if name is not None:
             folders[key] = (f"datasets/{name}", "data")
     return tracked_and_files(folders)
-
-
-def evaluation_options(wc, input):
-    """The script's arguments for those inputs that this evaluation has."""
-    keys = ("model", "adapter", "task", "dataset", "fewshot")
-    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
 
 
 # --- report.smk ---

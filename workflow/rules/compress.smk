@@ -30,7 +30,7 @@ rule compress:
         script=script("compress"),
         spec=spec("compress"),
         store=kept(),
-        given=lambda wc, input: compress_options(input),
+        given=lambda wc, input: options(input, "checkpoint", "tokens", "adapter"),
     message:
         "Compressing {wildcards.model} to {wildcards.compression}"
     shell:

@@ -29,7 +29,7 @@ rule evaluate:
         script=script("evaluate"),
         spec=spec("evaluate"),
         store=kept(),
-        options=evaluation_options,
+        options=lambda wc, input: options(input, "model", "adapter", "task", "dataset", "fewshot"),
     message:
         "Judging {wildcards.model} {wildcards.variant} by {wildcards.task}"
     shell:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from eora.config import bare
 from eora.errors import Mistake
 
 # Bits of one element, under the names that safetensors headers use.
@@ -179,7 +180,7 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
         "model": variant["model"],
         "variant": variant["variant"],
         "compression": variant["compression"],
-        "bare": plan.get("bare", {}).get(variant["compression"], variant["compression"]),
+        "bare": bare(plan.get("compressions", {}), variant["compression"]),
         "bits": settings.get("bits"),
         "group_size": settings.get("group_size"),
         "adapter": variant["adapter"],
