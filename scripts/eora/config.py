@@ -186,7 +186,7 @@ def _fits_unquoted(value: Any, schema: dict[str, Any]) -> bool:
         return False
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: ValidationError, defs: dict[str, Any]) -> Iterator[str]:
     """One line for each mistake behind a schema error: key, what is wrong, how to mend it."""
     at, value, wanted = error.absolute_path, error.instance, error.validator_value
     where = _dotted(*at) or "the config"
@@ -216,13 +216,13 @@ def _explain(error: ValidationError) -> Iterator[str]:
             wrong += " (so YAML reads no, off, yes and on), put it in quotes"
         elif wanted == "string" and not isinstance(value, list | dict):
             wrong += ", put it in quotes"
-        elif _fits_unquoted(value, error.schema):
+        elif _fits_unquoted(value, error.schema | {"$defs": defs}):
             wrong += ", remove the quotes"
         elif wanted == "array" and not isinstance(value, dict):
             wrong += f", write [{_shown(value)}]"
     elif error.validator == "enum":
         wrong = f"{_shown(value)} is none of {', '.join(_shown(v) for v in wanted)}"
-        if _fits_unquoted(value, error.schema):
+        if _fits_unquoted(value, error.schema | {"$defs": defs}):
             wrong += ", remove the quotes"
     elif error.validator == "pattern":
         wrong = f"{_shown(value)} does not fit"
@@ -465,7 +465,7 @@ def validate(config: Config, schema: dict[str, Any]) -> Config:
     """
     odd = list(_odd_keys(config))
     errors = list(Draft202012Validator(schema).iter_errors(config))
-    mistakes = odd + [line for error in errors for line in _explain(error)]
+    mistakes = odd + [line for error in errors for line in _explain(error, schema["$defs"])]
     if not odd and not any(error.validator in _SHAPE for error in errors):
         config = _fill_defaults(config, schema)
         mistakes += _mistakes(config, schema)

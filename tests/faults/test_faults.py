@@ -41,13 +41,17 @@ def started(flow, *args):
 
 
 def stages(run):
-    """The stage processes of a run, by their scripts' names."""
+    """The stage processes of a run, by their scripts' names; not what they fork for themselves.
+
+    AutoRound asks a fork what the CPU can do, and takes its death for an answer.
+    """
     found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(run.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 command = process.cmdline()
-                if len(command) > 1 and Path(command[1]).parent == ROOT / "scripts":
+                forked = process.parent().cmdline() == command
+                if len(command) > 1 and Path(command[1]).parent == ROOT / "scripts" and not forked:
                     found.append((Path(command[1]).stem, process, command))
     return found
 

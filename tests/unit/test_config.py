@@ -98,6 +98,7 @@ MISTAKES = {
     "list for text": ("models.m.revision", ["a"], "[a] is not text; commit"),
     "number for list": ("adapters.e.ranks", 32, "32 is not a list, write [32]"),
     "text for section": ("models.m", "owner/m", "owner/m is not a section (keys with values"),
+    "quoted text for section": ("models", "0:", "'0:' is not a section (keys with values below it"),
     "list for section": ("tasks", ["t"], "[t] is not a section (keys with values below it)"),
     "section for list": ("adapters.e.ranks", {"a": 4}, "a section is not a list; ranks to make"),
     "number for files": ("datasets.d.data_files", 3, "3 is not text or a list; the files"),
