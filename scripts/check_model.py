@@ -13,16 +13,21 @@ from eora import cli, config, manifest
 def main(
     name: Annotated[str, typer.Option(help="The model's name in the config.")],
     model: Annotated[Path, cli.Stage("the model's download stage")],
-    ranks: Annotated[str, typer.Option(help="JSON object: adapter -> list of ranks.")],
+    ranks: Annotated[str, typer.Option(help="JSON object: key of the config -> list of ranks.")],
+    around: Annotated[
+        bool, typer.Option("--around", help="Refuse layers that no adapter can stand beside.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with it.")
     ] = False,
 ) -> None:
     cli.setup()
     config.check_ranks(manifest.load(model), name, json.loads(ranks))
-    from eora import streaming
+    from eora import layers, streaming
 
-    streaming.check(model / "model", trust_remote_code)
+    stream = streaming.check(model / "model", trust_remote_code)
+    if around:
+        layers.check_beside(stream)
 
 
 if __name__ == "__main__":

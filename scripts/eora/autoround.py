@@ -68,16 +68,18 @@ def take_apart(folder: Path, beside: list[str]) -> None:
             if layer not in factors
         }
 
+    size = 0
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        save_file(
-            {new: tensors[name] for name, new in renamed(tensors).items()}, file, {"format": "pt"}
-        )
+        own_named = {new: tensors[name] for name, new in renamed(tensors).items()}
+        save_file(own_named, file, {"format": "pt"})
+        size += sum(tensor.nbytes for tensor in own_named.values())
     index = folder / INDEX
     if index.is_file():
         told = json.loads(index.read_text())
         places = told["weight_map"]
         told["weight_map"] = {new: places[name] for name, new in renamed(places).items()}
+        told["metadata"] = told.get("metadata", {}) | {"total_size": size}
         index.write_text(json.dumps(told, indent=2) + "\n")
     for file in (folder / "config.json", folder / "quantization_config.json"):
         text = file.read_text()
@@ -129,7 +131,7 @@ def quantize(
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     rounded = set(layers.chosen(skeleton, group_size, keep))
     if adapter is not None:
-        layers.check_plain(skeleton, "around", "an adapter stands beside")
+        layers.check_beside(skeleton)
     from auto_round import AutoRound
 
     model, tokenizer = load_original(folder, trust_remote_code)

@@ -475,11 +475,11 @@ def validate(config: Config, schema: dict[str, Any]) -> Config:
 
 
 def asked_ranks(config: Config) -> dict[str, list[int]]:
-    """Adapter name -> the ranks that the config asks for, to be judged or to round around."""
-    found = {name: [*entry["ranks"]] for name, entry in config["adapters"].items()}
-    for entry in config["compressions"].values():
+    """Key of the config -> the ranks that it asks for, to be judged or to round around."""
+    found = {f"adapters.{name}.ranks": entry["ranks"] for name, entry in config["adapters"].items()}
+    for name, entry in config["compressions"].items():
         if "around" in entry:
-            found[entry["around"]["adapter"]].append(entry["around"]["rank"])
+            found[f"compressions.{name}.around.rank"] = [entry["around"]["rank"]]
     return found
 
 
@@ -529,9 +529,9 @@ def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]
         return
     narrow = min(widths, key=lambda layer: widths[layer])
     mistakes = [
-        f"- adapters.{adapter}.ranks: {rank} is above the width of {narrow} in model {name} "
+        f"- {key}: {rank} is above the width of {narrow} in model {name} "
         f"({widths[narrow]}); lower the rank to at most {widths[narrow]}"
-        for adapter, wanted in ranks.items()
+        for key, wanted in ranks.items()
         for rank in wanted
         if rank > widths[narrow]
     ]

@@ -72,13 +72,19 @@ def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
     return taken
 
 
-def check_plain(stream: BlockStream, key: str, does: str) -> None:
+def check_beside(stream: BlockStream) -> None:
+    """Refuse models that have layers which no adapter can be put beside while they are rounded."""
+    check_plain(stream, "around", "an adapter stands beside", "remove around")
+
+
+def check_plain(stream: BlockStream, key: str, does: str, mend: str) -> None:
     """Refuse, for what knows ``nn.Linear`` alone, models whose decoder has other layers.
 
     Args:
         stream: the model.
         key: of the compression, that asks for it.
         does: what it does with layers, as in "gptq compresses".
+        mend: what to do instead, for this model.
 
     Raises:
         Mistake: naming the first layer of another kind.
@@ -91,6 +97,6 @@ def check_plain(stream: BlockStream, key: str, does: str) -> None:
             kind = type(block.get_submodule(others[0])).__name__
             raise Mistake(
                 f"compressions.<name>.{key}: {does} plain linear layers, and "
-                f"{stream.name(index)}.{others[0]} is {kind}; take method autoround, without "
-                "around, for this model"
+                f"{stream.name(index)}.{others[0]} is {kind}; {mend}, or give this model a "
+                "config of its own"
             )

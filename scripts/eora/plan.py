@@ -259,7 +259,7 @@ class Costs:
             Term("the whole model", model.stored),
             Term(
                 "the adapter that it is rounded around",
-                sum(_factors(block, beside) for block in model.blocks) / 2,
+                sum(_factors(block, beside) for block in model.blocks) * model.bytes / 4,
             ),
         )
         host = tuple((*phase, *whole) for phase in host)

@@ -78,8 +78,8 @@ def scores(frame: pd.DataFrame, tasks: Iterable[str]) -> dict[str, float]:
 
 
 def predicted(ranks: Mapping[int, float], e: Curve, rank: int) -> float:
-    """Score at ``rank`` from those measured (rank -> score, with 0); beyond the largest, the last
-    line is drawn on."""
+    """Score at ``rank`` from those measured (rank -> score, two or more); beyond the largest and
+    below the smallest, the nearest line is drawn on."""
     known = sorted(ranks)
     above = next((i for i, r in enumerate(known) if r >= rank), len(known) - 1)
     low, high = known[max(0, above - 1)], known[max(1, above)]
@@ -107,24 +107,25 @@ def untested(frame: pd.DataFrame, scored: Mapping[str, float], curves: Mapping) 
     """
     found = []
     variants = frame.drop_duplicates("variant")
-    plain = variants[variants["adapter"].isna()].set_index("compression")
     families = variants.dropna(subset=["adapter"]).groupby(
         ["compression", "adapter", "adapter_bits"], sort=False
     )
     for (compression, adapter, bits), rows in families:
         rows = rows[rows["variant"].isin(scored)]
-        if rows.empty or compression not in scored or (compression, adapter) not in curves:
+        # Of one made around an adapter, rank 0 is not measured.
+        ranks = {0: scored[compression]} if compression in scored else {}
+        ranks |= {int(r): scored[v] for r, v in zip(rows["rank"], rows["variant"], strict=True)}
+        if len(ranks) < 2 or (compression, adapter) not in curves:
             continue
         e = curves[compression, adapter]
-        ranks = {0: scored[compression]}
-        ranks |= {int(r): scored[v] for r, v in zip(rows["rank"], rows["variant"], strict=True)}
         largest = rows.loc[rows["rank"].idxmax()]
-        a_rank = (largest["bytes"] - plain.loc[compression, "bytes"]) / largest["rank"]
+        a_rank = largest["adapter_bytes"] / largest["rank"]
+        alone = largest["bytes"] - largest["adapter_bytes"]
         off = miss(ranks, e)
         for rank in range(_STEP, len(e), _STEP):
             if rank not in ranks:
                 name = f"{compression}+{adapter}-r{rank}-{bits}bit"
-                size = plain.loc[compression, "bytes"] + rank * a_rank
+                size = alone + rank * a_rank
                 found.append(Option(name, size, predicted(ranks, e, rank), off))
     return found
 

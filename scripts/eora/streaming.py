@@ -292,10 +292,13 @@ class BlockStream:
         return found
 
 
-def check(folder: Path, trust_remote_code: bool = False) -> None:
+def check(folder: Path, trust_remote_code: bool = False) -> BlockStream:
     """Refuse a model that cannot be run block by block, or that has layers of an unknown kind.
 
     Its embeddings are read and no block is: this takes seconds, whatever the model's size.
+
+    Returns:
+        The model, for what else is to be checked of it.
 
     Raises:
         Mistake: naming the model's kind and what is not supported about it.
@@ -307,3 +310,4 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
         raise architectures.unsupported(
             stream.model, f"it cannot be called without its blocks ({error})"
         ) from error
+    return stream

@@ -18,6 +18,7 @@ from eora import (
     decomposition,
     evaluation,
     factor_files,
+    layers,
     loading,
     lowrank,
     packing,
@@ -441,6 +442,13 @@ def test_an_architecture_is_refused_by_its_modules(kind, tmp_path):
     with pytest.raises(Mistake, match=message) as caught:
         streaming.check(tmp_path)
     assert f"({kind}) is not supported: " in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_rounding_around_an_adapter_wants_plain_layers(folders, family):
+    layers.check_beside(streaming.check(folders("llama")))
+    with pytest.raises(Mistake, match=r"\.around: .* plain linear layers"):
+        layers.check_beside(streaming.check(folders(family)))
 
 
 def test_blocks_that_share_what_they_fill_in_are_refused(folders):

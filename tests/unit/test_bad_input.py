@@ -683,7 +683,7 @@ def test_a_rank_above_a_layers_width(tmp_path, capfd):
     tensors = {"model.layers.0.k_proj.weight": {"dtype": "F32", "shape": [32, 64]}}
     content = {"outputs": {}, "tensors": {"model.safetensors": tensors}}
     (tmp_path / manifest.NAME).write_text(json.dumps(content))
-    args = ("--name", "m", "--model", tmp_path, "--ranks", '{"e": [64]}')
+    args = ("--name", "m", "--model", tmp_path, "--ranks", '{"adapters.e.ranks": [64]}')
     code, shown = run(capfd, "check_model", *args)
     assert code == 1 and "Traceback" not in shown
     assert "adapters.e.ranks: 64 is above the width of model.layers.0.k_proj.weight" in shown

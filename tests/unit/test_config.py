@@ -519,12 +519,12 @@ MANIFEST = {
 
 
 def test_a_rank_up_to_the_narrowest_layer_is_taken():
-    cfg.check_ranks(MANIFEST, "m", {"e": [1, 32], "f": [16]})
+    cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [1, 32], "adapters.f.ranks": [16]})
 
 
 def test_a_rank_above_a_layers_width_is_refused():
     with pytest.raises(cfg.ConfigError) as caught:
-        cfg.check_ranks(MANIFEST, "m", {"e": [16, 33], "f": [64]})
+        cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [16, 33], "adapters.f.ranks": [64]})
     layer = "model.layers.0.self_attn.k_proj.weight in model m (32)"
     assert str(caught.value).split("\n") == [
         f"- adapters.e.ranks: 33 is above the width of {layer}; lower the rank to at most 32",
@@ -533,7 +533,7 @@ def test_a_rank_above_a_layers_width_is_refused():
 
 
 def test_a_model_without_decoder_layers_takes_any_rank():
-    cfg.check_ranks({"tensors": {}}, "m", {"e": [1000]})
+    cfg.check_ranks({"tensors": {}}, "m", {"adapters.e.ranks": [1000]})
 
 
 # --- defaults ---
@@ -924,7 +924,18 @@ def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():
         *("adapters/m/again/e/r4-3bit", "compressed/m/twice", "adapters/m/twice/e/r8-4bit"),
     ]
     assert [folder for folder in asked if folder in order] == order
-    assert cfg.asked_ranks(config) == {"e": [8, 4, 4]}
+    names = {"model": "m", "compression": "twice"}
+    before = stages.params(config, "compress", names)
+    for key, other in {"compression": "w2", "adapter": "f", "rank": 5, "bits": 8}.items():
+        entry = config["compressions"]["twice"]
+        entry = entry | {"around": entry["around"] | {key: other}}
+        edited = config | {"compressions": config["compressions"] | {"twice": entry}}
+        assert stages.params(edited, "compress", names) != before, key
+    assert cfg.asked_ranks(config) == {
+        "adapters.e.ranks": [8],
+        "compressions.again.around.rank": [4],
+        "compressions.twice.around.rank": [4],
+    }
     assert [cfg.bare(config["compressions"], name) for name in ("w2", "again", "twice")] == [
         "w2"
     ] * 3

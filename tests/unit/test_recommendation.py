@@ -32,6 +32,9 @@ def rows(values: dict[str, tuple[float, float]], task="acc", up=True) -> pd.Data
                 "higher_is_better": up,
                 "value": value,
                 "bytes": size * MB,
+                "adapter_bytes": (size - values.get(compression, (10,))[0]) * MB
+                if adapter
+                else None,
             }
         )
     return pd.DataFrame(found).astype({"rank": "Int64", "adapter_bits": "Int64"})
@@ -100,6 +103,19 @@ def test_untested_ranks_have_bytes_and_scores():
     assert middle.bytes == pytest.approx(18 * MB)
     assert middle.score == pytest.approx(0.4)
     assert middle.miss == pytest.approx(0)
+
+
+def test_untested_ranks_of_a_compression_that_is_not_judged_alone():
+    """Made around an adapter: it has no rank 0, so two judged ranks are the least."""
+    frame = rows({name: MEASURED[name] for name in MEASURED if name != "w2"})
+    scored = rec.scores(rows(MEASURED), ["acc"])
+    del scored["w2"]
+    found = {o.name: o for o in rec.untested(frame, scored, {("w2", "eora"): E})}
+    middle = found["w2+eora-r16-16bit"]
+    assert middle.bytes == pytest.approx(18 * MB) and middle.score == pytest.approx(0.4)
+    assert math.isnan(middle.miss)
+    one = frame[frame["variant"] != "w2+eora-r24-16bit"]
+    assert rec.untested(one, scored, {("w2", "eora"): E}) == []
 
 
 def test_the_best_within_a_budget_and_the_cheapest_that_is_enough():

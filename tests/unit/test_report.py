@@ -24,7 +24,7 @@ PLAN = {
         "w2g32": {"bits": 2, "group_size": 32, "sym": False, "calibration": "boolq"},
         "w4g32": {"bits": 4, "group_size": 32, "sym": False, "calibration": "boolq"},
     },
-    "adapters": {"eora": {"calibration": "boolq", "method": "eora", "max_rank": 64}},
+    "adapters": {"eora": {"calibration": "boolq", "method": "eora", "ranks": [8], "max_rank": 64}},
     "calibrations": {"boolq": {"dataset": "boolq", "samples": 64, "seqlen": 512}},
 }
 # Bytes, by hand. Two layers with a 64 x 32 projection each.
@@ -380,6 +380,7 @@ def test_csv(tmp_path):
         "adapter_bytes": str(RANK8),
         "effective_bits": "8.5625",
         "recovered": rows[4]["recovered"],
+        "recovered_from": "w2g32",
         "p_value": "",
         "cheaper_alternative": "w4g32",
         "seconds": "12.5",
@@ -671,7 +672,12 @@ def test_a_figure_by_rank_is_drawn_where_there_are_several(tmp_path):
     for figure in drawn:
         texts = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
         assert {"0", "4", "8", "16", "rank of the adapter (0: without)"} <= set(texts)
-        assert "r8" not in texts
+        assert "r8" not in texts and "w2g32" in texts
+
+
+def test_ranks_that_lie_close_together_are_not_all_named():
+    """Their names would lie on each other; the points are drawn all the same."""
+    assert figures.spaced([32, 48, 64, 65, 80, 128]) == [32, 48, 64, "", "", 128]
 
 
 def test_page_shows_what_memory_was_taken_and_planned(tmp_path):
@@ -687,18 +693,20 @@ def test_page_says_what_was_not_run(tmp_path):
     plan = make(tmp_path, USUAL)
     adapter = {"ranks": [8], "max_rank": 64, "bits": [16], "method": "eora"}
     plan |= {"adapters": {"eora": adapter}}
+    curves = {"model.layers.0.q": [1.0] * 65, "model.layers.0.k": [1.0] * 33}
+    save(tmp_path / "adapters" / "tiny" / "w2g32" / "eora" / "r8-16bit" / "residuals.json", curves)
     evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6, available=2376)
     told = page(tmp_path, plan).split("What was not run")[1].split("</ul>")[0]
     assert re.findall(r"<li>(.*)</li>", told) == [
         "arc-easy: 200 of 2,376 samples were judged. The rest: remove tasks.arc-easy.limit.",
-        "eora: fitted up to rank 64, judged at 8. Any other needs no new fit: add it to "
+        "eora: fitted up to rank 32, judged at 8. Any other needs no new fit: add it to "
         "adapters.eora.ranks.",
         "eora: judged in 16 bits alone. In 4 bits an adapter takes about a quarter of the bytes: "
         "add 4 to adapters.eora.bits.",
         "No adapter was fitted by diagonal and svd. For a comparison at equal rank add an entry to "
         "adapters with that method: it shares the second moments.",
     ]
-    whole = {"ranks": [8, 64], "max_rank": 64, "bits": [4, 16]}
+    whole = {"ranks": [8, 32], "max_rank": 64, "bits": [4, 16]}
     plan |= {"adapters": {m: whole | {"method": m} for m in ("eora", "svd", "diagonal")}}
     evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6)
     assert "What was not run" not in page(tmp_path, plan)
@@ -712,5 +720,9 @@ def test_a_compression_made_around_an_adapter_is_compared_with_its_first_rounds(
     plan |= {"compressions": PLAN["compressions"] | {"w4g32": around}}
     frame = report.build(tmp_path, plan)
     assert cell(frame, "w4g32+r8", "recovered") == pytest.approx(0.75)
-    text = text_of(page(tmp_path, plan))
+    assert cell(frame, "w4g32+r8", "recovered_from") == "w2g32"
+    html = page(tmp_path, plan)
+    text = text_of(html)
     assert "wins back 75 % of the loss of w2g32 on arc-easy" in text
+    assert "made around an adapter" in text
+    assert "made around an adapter" not in text_of(page(tmp_path, plan | {"compressions": {}}))

@@ -193,6 +193,11 @@ def options(input, *keys):
 # --- tokenize.smk ---
 
 
+def around_option():
+    """The script's argument where a compression is made around an adapter, of every model."""
+    return ["--around"] if any("around" in e for e in config["compressions"].values()) else []
+
+
 def datasets_of(wc):
     """Folders of the data sets that a calibration is cut from."""
     return [f"datasets/{name}" for name in cfg.shares(config["calibrations"][wc.calibration])]

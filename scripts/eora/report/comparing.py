@@ -34,6 +34,7 @@ CSV_COLUMNS = [
     "adapter_bytes",
     "effective_bits",
     "recovered",
+    "recovered_from",
     "p_value",
     "cheaper_alternative",
     "seconds",
@@ -45,7 +46,7 @@ CSV_COLUMNS = [
 ]
 
 # What only the page shows; kept in the frame so that `write` needs no other input.
-PAGE_COLUMNS = ["available", "bare", "best_for_size", "dtype", "each", "metrics"]
+PAGE_COLUMNS = ["available", "best_for_size", "dtype", "each", "metrics"]
 PAGE_COLUMNS += ["prompt_tokens", "residuals", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
@@ -107,7 +108,12 @@ def base_row(rows: list[Row], compression: str | None) -> Row | None:
 def uncompensated(row: Row, rows: list[Row]) -> Row | None:
     """The row whose loss this one's adapter makes up for, if there is one: the same compression
     without it; of one made around an adapter, of no use alone, that which it began with."""
-    return base_row(rows, row["bare"])
+    return base_row(rows, row["recovered_from"])
+
+
+def made_around(row: Row) -> bool:
+    """Whether a variant's compression was made around an adapter."""
+    return not pd.isna(row["adapter"]) and row["recovered_from"] != row["compression"]
 
 
 def recovered(row: Row, rows: list[Row]) -> float | None:

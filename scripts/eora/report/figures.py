@@ -175,6 +175,17 @@ def series(rows: list[Row]) -> list[list[Row]]:
     ]
 
 
+def spaced(ranks: Iterable[int], apart: float = 0.4) -> list[int | str]:
+    """The ranks to name on the axis: of those less than 0.4 doublings apart the first."""
+    found: list[int | str] = []
+    last = 0.0
+    for rank in ranks:
+        far = not found or math.log2(rank) - last >= apart
+        last = math.log2(rank) if far else last
+        found.append(rank if far else "")
+    return found
+
+
 def style_axes(axes: Axes, rows: list[Row], across: Across) -> None:
     """Scales, limits and labels."""
     metric, values = rows[0]["metric"], [r["value"] for r in rows]
@@ -184,7 +195,7 @@ def style_axes(axes: Axes, rows: list[Row], across: Across) -> None:
     axes.margins(x=0.09, y=0.12)
     if across.ranks:
         axes.set_xscale("symlog", base=2, linthresh=across.ranks[0], linscale=0.5)
-        axes.set_xticks([0, *across.ranks], ["0", *map(str, across.ranks)])
+        axes.set_xticks([0, *across.ranks], ["0", *map(str, spaced(across.ranks))])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if wants_log(metric, values):
@@ -259,13 +270,15 @@ def draw_labels(
         taken += along((frame[0], y), (frame[2], y), 1.5)
         text = f"original {show_value(original['value'])} ({show_bytes(original['bytes'])})"
         names.append((text, (frame[2] - 3.2 * len(text), y), INK, "normal"))
+    # A compression goes by the name at its point without adapter, or else at its smallest rank.
+    first = {r["compression"]: r for r in sorted(rows, key=across.of, reverse=True)}
     for row in rows:
         if pd.isna(row["compression"]):
             continue  # its line is named already
         plain = pd.isna(row["adapter"])
-        if across.ranks and not plain:
+        if across.ranks and row is not first[row["compression"]]:
             continue  # the axis tells them
-        text = row["compression"] if plain else f"r{row['rank']}"
+        text = row["compression"] if plain or across.ranks else f"r{row['rank']}"
         colour = look.colours[row["compression"]]
         names.append((text, spot(row), colour, "bold" if plain else "normal"))
     for text, point, colour, weight in names:

@@ -21,14 +21,23 @@ def cut_tasks(frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def other_ranks(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def fitted_ranks(frame: pd.DataFrame) -> dict[str, int]:
+    """Adapter -> the largest rank that every layer of every model has, by the curves kept."""
+    kept = frame.dropna(subset=["adapter", "residuals"])
+    most = kept["residuals"].map(lambda curves: min(map(len, curves.values())) - 1)
+    return most.groupby(kept["adapter"]).min().to_dict()
+
+
+def other_ranks(frame: pd.DataFrame, adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Adapters that are fitted to a larger rank than any that was judged."""
+    fitted = fitted_ranks(frame)
     return [
-        f"{name}: fitted up to rank {entry['max_rank']}, judged at {joined(ranks)}. Any other "
+        f"{name}: fitted up to rank {fitted[name]}, judged at {joined(ranks)}. Any other "
         f"needs no new fit: add it to adapters.{name}.ranks."
         for name, entry in adapters.items()
-        if (ranks := [str(rank) for rank in sorted(entry.get("ranks", []))])
-        and int(ranks[-1]) < entry["max_rank"]
+        if name in fitted
+        and (ranks := [str(rank) for rank in sorted(entry["ranks"])])
+        and int(ranks[-1]) < fitted[name]
     ]
 
 
@@ -58,7 +67,7 @@ def not_run(frame: pd.DataFrame, plan: Mapping[str, Any]) -> list[str]:
     adapters = plan.get("adapters", {})
     return [
         *cut_tasks(frame),
-        *other_ranks(adapters),
+        *other_ranks(frame, adapters),
         *other_bits(adapters),
         *other_methods(adapters),
     ]

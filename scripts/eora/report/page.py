@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from eora.report import residuals
-from eora.report.comparing import CSV_COLUMNS
+from eora.report.comparing import CSV_COLUMNS, made_around
 from eora.report.figures import BASE_MARKER, figure, looks
 from eora.report.gaps import not_run
 from eora.report.reading import Row, known, number
@@ -85,6 +85,8 @@ def model_section(name: str, rows: list[Row], index: int) -> Row:
         "table": table_rows(rows, tasks),
         "details": metric_rows(rows),
         "costs": cost_sentences(rows),
+        "around": any(map(made_around, rows)),
+        "prompt_tokens": distinct(r["prompt_tokens"] for r in rows),
     }
 
 
@@ -156,7 +158,6 @@ def render(frame: pd.DataFrame, plan: Mapping[str, Any]) -> str:
         settings=[(title, settings_table(plan[key])) for title, key in settings if plan.get(key)],
         evaluations=evaluation_summary(frame),
         not_run=not_run(frame, plan),
-        prompt_tokens=distinct(frame["prompt_tokens"]),
         tools=tool_versions(frame),
         base_marker=BASE_MARKER[1],
     )

@@ -180,7 +180,9 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
         "model": variant["model"],
         "variant": variant["variant"],
         "compression": variant["compression"],
-        "bare": bare(plan.get("compressions", {}), variant["compression"]),
+        "recovered_from": None
+        if variant["adapter"] is None
+        else bare(plan.get("compressions", {}), variant["compression"]),
         "bits": settings.get("bits"),
         "group_size": settings.get("group_size"),
         "adapter": variant["adapter"],

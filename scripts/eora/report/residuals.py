@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from eora.report.comparing import made_around
 from eora.report.figures import COLOURS, FIGURE_STYLE, INK, LINES, QUIET, inline_svg, to_svg
 from eora.report.reading import Row
 from eora.report.words import show_share
@@ -105,5 +106,12 @@ def figures(rows: Iterable[Row], prefix: str) -> list[dict[str, Any]]:
             inline_svg(svg, start, label)
             for start, (label, svg) in zip(prefixes, drawn.items(), strict=True)
         ]
-        found.append({"compression": pair[0], "adapter": pair[1], "svgs": svgs})
+        found.append(
+            {
+                "compression": pair[0],
+                "adapter": pair[1],
+                "around": made_around(of_pair[0]),
+                "svgs": svgs,
+            }
+        )
     return found

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 from markupsafe import Markup
 
-from eora.report.comparing import base_row, best_for_size, is_noise
+from eora.report.comparing import base_row, best_for_size, is_noise, made_around
 from eora.report.reading import Row
 from eora.report.words import NBSP, joined, show_bytes, show_share, show_value
 
@@ -58,8 +58,8 @@ def mean_recovered(rows: list[Row]) -> dict[str, float]:
 
 def recovery_part(row: Row, compressed: Row, first: bool) -> Markup:
     """ "71 % of the loss on arc-easy", with a warning if the gain may be chance."""
-    own = row["bare"] == row["compression"]
-    loss = "of the loss " if own else Markup("of the loss of {} ").format(row["bare"])
+    of = f"of {row['recovered_from']} " if made_around(row) else ""
+    loss = Markup("of the loss {}").format(of)
     return Markup("{} {}on {}{}").format(
         show_share(row["recovered"]),
         loss if first else "",
@@ -73,16 +73,15 @@ def best_adapter(rows: list[Row], compression: str) -> Markup | None:
     adapted = [r for r in rows if r["compression"] == compression and not pd.isna(r["adapter"])]
     if not adapted:
         return None
-    means = mean_recovered(adapted)
+    means, bare = mean_recovered(adapted), adapted[0]["recovered_from"]
     if not means:
         return Markup(
             "<strong>{}</strong> loses nothing that could be measured, so an adapter has nothing"
             " to win back."
-        ).format(compression)
+        ).format(bare)
     extra = {r["variant"]: r["adapter_bytes"] for r in adapted}
     best = min(means, key=lambda v: (-means[v], extra[v], v))
     mine = [r for r in adapted if r["variant"] == best and not pd.isna(r["recovered"])]
-    bare = adapted[0]["bare"]
     plain = {r["task"]: r for r in rows if r["compression"] == bare and pd.isna(r["adapter"])}
     whole = Markup("<strong>{}</strong>: the best adapter, <strong>{}</strong>, {}").format(
         compression, short_name(mine[0]), "" if means[best] > 0 else "does not help: it "
