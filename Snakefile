@@ -2,7 +2,7 @@
 #
 #   download -> compress ------------------------------+
 #         \-> tokenize -> covariance (shard by shard) -+-> decompose -> adapter (each rank)
-#                                                                          \-> adapter bits
+#                                                                          \-> its bits, or tuned
 #   every model, compressed model and adapter -> evaluate (each task) -> report
 
 import gc

@@ -14,9 +14,10 @@ def main(
     name: Annotated[str, typer.Option(help="The model's name in the config.")],
     model: Annotated[Path, cli.Stage("the model's download stage")],
     ranks: Annotated[str, typer.Option(help="JSON object: key of the config -> list of ranks.")],
-    around: Annotated[
-        bool, typer.Option("--around", help="Refuse layers that no adapter can stand beside.")
-    ] = False,
+    plain: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of the config that wants plain linear layers (several: once each)."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with it.")
     ] = False,
@@ -26,8 +27,8 @@ def main(
     from eora import layers, streaming
 
     stream = streaming.check(model / "model", trust_remote_code)
-    if around:
-        layers.check_beside(stream)
+    if plain:
+        layers.check_plain(stream, *plain)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def quantize(
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     rounded = set(layers.chosen(skeleton, group_size, keep))
     if adapter is not None:
-        layers.check_beside(skeleton)
+        layers.check_plain(skeleton, "compressions.<name>.around")
     from auto_round import AutoRound
 
     model, tokenizer = load_original(folder, trust_remote_code)

@@ -10,7 +10,7 @@ import json
 import os.path
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ METHOD_KEYS = {
     "existing": ("model", "checkpoint"),
 }
 PRUNERS = ("sparsegpt", "wanda")
+ONE_SHOT = ("gptq", *PRUNERS)  # by llm-compressor
 
 
 class ConfigError(Mistake):
@@ -393,7 +394,10 @@ def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str
     where = f"{where}.around"
     yield from _reference(f"{where}.compression", around["compression"], "compressions", config)
     yield from _reference(f"{where}.adapter", around["adapter"], "adapters", config)
-    limit = config["adapters"].get(around["adapter"], {}).get("max_rank", around["rank"])
+    fitted = config["adapters"].get(around["adapter"], {})
+    if "tune" in fitted:
+        yield f"{where}.adapter: {around['adapter']} is fine-tuned; name one without tune"
+    limit = fitted.get("max_rank", around["rank"])
     if around["rank"] > limit:
         yield (
             f"{where}.rank: {around['rank']} is above adapters.{around['adapter']}.max_rank "
@@ -452,6 +456,14 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
                     f"{where}.ranks: {rank} is above max_rank {entry['max_rank']}; "
                     "raise max_rank (this remakes the decompositions) or lower the rank"
                 )
+        if "tune" in entry:
+            where, tuned_on = f"{where}.tune", entry["tune"]["calibration"]
+            yield from _reference(f"{where}.calibration", tuned_on, "calibrations", config)
+            if entry["bits"] != [16]:
+                yield (
+                    f"{where}: a fine-tuned adapter is kept in 16 bits; "
+                    f"write adapters.{name}.bits: [16]"
+                )
     known = schema["properties"]["tasks"]["additionalProperties"]["properties"]
     for name, task in config["tasks"].items():
         yield from _task_mistakes(f"tasks.{name}", task, config, known)
@@ -481,6 +493,16 @@ def asked_ranks(config: Config) -> dict[str, list[int]]:
         if "around" in entry:
             found[f"compressions.{name}.around.rank"] = [entry["around"]["rank"]]
     return found
+
+
+def plain_alone(config: Config, model: str) -> list[str]:
+    """Keys that ask for what works on plain linear layers alone, of those that apply to a model."""
+    made = {n: e for n, e in config["compressions"].items() if applies(e, model)}
+    return [
+        *(f"compressions.{name}.method" for name, e in made.items() if e["method"] in ONE_SHOT),
+        *(f"compressions.{name}.around" for name, e in made.items() if "around" in e),
+        *(f"adapters.{name}.tune" for name, e in config["adapters"].items() if "tune" in e),
+    ]
 
 
 def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
@@ -548,6 +570,7 @@ class Variant:
     adapter: str | None = None
     rank: int | None = None
     adapter_bits: int | None = None
+    tuned: bool = False
 
     @property
     def name(self) -> str:
@@ -570,8 +593,13 @@ class Variant:
         """Where its adapter lies in the results, if it has one."""
         if self.adapter is None:
             return None
-        form = f"r{self.rank}-{self.adapter_bits}bit"
-        return f"adapters/{self.model}/{self.compression}/{self.adapter}/{form}"
+        form = "tuned" if self.tuned else f"{self.adapter_bits}bit"
+        return f"adapters/{self.model}/{self.compression}/{self.adapter}/r{self.rank}-{form}"
+
+    @property
+    def fitted(self) -> Variant:
+        """The variant with its adapter as it was fitted: neither rounded nor fine-tuned."""
+        return replace(self, adapter_bits=16, tuned=False)
 
     def row(self) -> Config:
         """The variant as plain data, for the report."""
@@ -592,7 +620,7 @@ def variants(config: Config) -> list[Variant]:
             if "around" not in made:
                 found.append(Variant(model, compression))
             found += [
-                Variant(model, compression, adapter, rank, bits)
+                Variant(model, compression, adapter, rank, bits, "tune" in entry)
                 for adapter, entry in config["adapters"].items()
                 for rank in entry["ranks"]
                 for bits in entry["bits"]

@@ -44,14 +44,14 @@ class Source:
             Mistake: it is no such folder.
         """
         parts = folder.resolve().parts
-        rank, _, bits = parts[-1].removeprefix("r").partition("-")
-        bits = bits.removesuffix("bit")
+        rank, _, form = parts[-1].removeprefix("r").partition("-")
+        bits = "16" if form == "tuned" else form.removesuffix("bit")
         if len(parts) < 6 or parts[-5] != "adapters" or not (rank.isdigit() and bits.isdigit()):
             raise Mistake(
                 f"{folder} is no adapter of the workflow: name one such as "
                 "results/adapters/<model>/<compression>/<adapter>/r64-16bit"
             )
-        variant = config.Variant(*parts[-4:-1], int(rank), int(bits))
+        variant = config.Variant(*parts[-4:-1], int(rank), int(bits), form == "tuned")
         return cls(Path(*parts[:-5]), variant)
 
     @property
@@ -168,6 +168,7 @@ def facts(source: Source) -> dict[str, Any]:
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,
+        "tuned": adapter["params"] if source.variant.tuned else None,
         "bare": None if bare == source.variant.compression else bare,
         "compression": {
             key: compressed["params"][key]

@@ -72,22 +72,15 @@ def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
     return taken
 
 
-def check_beside(stream: BlockStream) -> None:
-    """Refuse models that have layers which no adapter can be put beside while they are rounded."""
-    check_plain(stream, "around", "an adapter stands beside", "remove around")
-
-
-def check_plain(stream: BlockStream, key: str, does: str, mend: str) -> None:
+def check_plain(stream: BlockStream, *keys: str) -> None:
     """Refuse, for what knows ``nn.Linear`` alone, models whose decoder has other layers.
 
     Args:
         stream: the model.
-        key: of the compression, that asks for it.
-        does: what it does with layers, as in "gptq compresses".
-        mend: what to do instead, for this model.
+        keys: of the config, that ask for such layers.
 
     Raises:
-        Mistake: naming the first layer of another kind.
+        Mistake: naming the keys, and the first layer of another kind.
     """
     for index, block in enumerate(stream.blocks):
         others = list(architectures.experts(block)) + [
@@ -96,7 +89,7 @@ def check_plain(stream: BlockStream, key: str, does: str, mend: str) -> None:
         if others:
             kind = type(block.get_submodule(others[0])).__name__
             raise Mistake(
-                f"compressions.<name>.{key}: {does} plain linear layers, and "
-                f"{stream.name(index)}.{others[0]} is {kind}; {mend}, or give this model a "
-                "config of its own"
+                f"{' and '.join(keys)}: for plain linear layers alone, and "
+                f"{stream.name(index)}.{others[0]} is {kind}; take method autoround without around "
+                "and adapters without tune, or give this model a config of its own"
             )

@@ -68,7 +68,7 @@ def compress(
         Mistake: the settings do not fit the model's layers.
     """
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
-    layers.check_plain(skeleton, "method", f"{method} compresses", "take method autoround")
+    layers.check_plain(skeleton, "compressions.<name>.method")
     groups = -1 if bits is None else group_size
     chosen = set(layers.chosen(skeleton, groups, keep))
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")

@@ -79,6 +79,7 @@ IMPORTS = {
     "compress": 0.58,
     "evaluate": 0.56,
     "adapter": 0.52,
+    "tune_adapter": 0.75,
 }
 # On a GPU, what CUDA holds before the first tensor: its context and the libraries' workspaces on
 # the device; its libraries and page tables on the host. Common figures, not measured here.
@@ -108,6 +109,7 @@ SIZED = (
     "decompose",
     "adapter",
     "quantize_adapter",
+    "tune_adapter",
     "evaluate",
 )
 
@@ -178,7 +180,7 @@ class Costs:
             return self._take(model)
         if entry["method"] != "autoround":
             return self._one_shot(model, entry)
-        return self._tune(model, compression)
+        return self._autoround(model, compression)
 
     def _take(self, model: Shapes) -> Cost:
         """Comparing an existing checkpoint with the original, on the CPU."""
@@ -226,7 +228,7 @@ class Costs:
             },
         )
 
-    def _tune(self, model: Shapes, compression: str) -> Cost:
+    def _autoround(self, model: Shapes, compression: str) -> Cost:
         """AutoRound's steps, block by block."""
         entry = self.config["compressions"][compression]
         calibration = self.config["calibrations"][entry["calibration"]]
@@ -423,6 +425,42 @@ class Costs:
             work["memory"] += (tried + 6 * r**2 * layer.rows) * layer.copies
             work["single"] += 2 * r**2 * (7 * layer.columns + 2 * layer.rows) * layer.copies
         return Cost((), (host,), packed, work)
+
+    def _tune_adapter(self, model: Shapes, compression: str, adapter: str, rank: str) -> Cost:
+        """Steps through the whole model, with a block's activations computed again."""
+        entry = self.config["adapters"][adapter]["tune"]
+        where = f"calibrations.{entry['calibration']}"
+        length = self.config["calibrations"][entry["calibration"]]["seqlen"]
+        together = min(entry["batch_size"], self.config["runtime"]["batch_size"]) * length
+        factors = sum(_factors(block, int(rank)) for block in model.blocks)
+        values = sum(layer.rows * layer.active for layer in model.largest.layers)
+        largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
+        packed = self._packed(self.config["compressions"][compression], model.layers)
+        loaded = Term("the model, dequantized", model.parameters * model.bytes)
+        tuning = (
+            loaded,
+            Term("the factors, their gradients and the optimizer's two moments", 4 * factors),
+            Term("states between blocks", together * model.hidden * len(model.blocks) * 2, where),
+            Term("a block's activations", together * values * KEPT, f"{where}.seqlen"),
+            # In 16 bits, float32, and the gradients of both.
+            Term("logits", together * model.vocabulary * 12, f"{where}.seqlen"),
+        )
+        dequantizing = (loaded, Term("packed layers", packed), *_dequantizing(largest))
+        device, host = self._memory("tune_adapter", tuning)
+        if self.cuda:
+            host = tuple((*phase, *dequantizing) for phase in host)
+        else:
+            host = (*host, (*host[0][:1], *dequantizing))
+        tokens = entry["steps"] * entry["batch_size"] * length
+        active = sum(block.active for block in model.blocks) + factors / 4
+        head = model.hidden * model.vocabulary
+        return Cost(
+            device,
+            host,
+            factors / 2,
+            # Forward twice, and backward to activations; to weights of the factors alone.
+            {"products": tokens * (6 * (active + head) + 2 * factors / 4), "disk": model.stored},
+        )
 
     # -- evaluate --
 

@@ -136,6 +136,12 @@ def _quantize_adapter(
     }
 
 
+def _tune_adapter(config: Config, model: str, compression: str, adapter: str, rank: str) -> Params:
+    keys = ("steps", "batch_size", "learning_rate", "start", "seed")
+    tuned = pick(config["adapters"][adapter]["tune"], keys)
+    return {**tuned, "base_model": origin(config["models"][model]), **_trust(config, model)}
+
+
 def _evaluate(config: Config, model: str, variant: str, task: str) -> Params:
     entry = config["tasks"][task]
     if "lm_eval" in entry:
@@ -182,6 +188,9 @@ STAGES = {
         2,
         _quantize_adapter,
         "adapter",
+    ),
+    "tune_adapter": Stage(
+        "adapters/{model}/{compression}/{adapter}/r{rank}-tuned", 1, _tune_adapter, "adapter"
     ),
     "evaluate": Stage("evaluations/{model}/{variant}/{task}", 2, _evaluate, "results.json"),
 }
@@ -277,6 +286,9 @@ def _behind(config: Config, variant: Variant) -> Iterator[Place]:
     yield place("adapter", **made)
     if variant.adapter_bits != 16:
         yield place("quantize_adapter", **made, bits=variant.adapter_bits)
+    if variant.tuned:
+        yield from _calibrated(config, model, config["adapters"][adapter]["tune"]["calibration"])
+        yield place("tune_adapter", **made)
 
 
 def asked(config: Config) -> list[Place]:

@@ -10,6 +10,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,7 @@ _SECTIONS = {
     "decompose": "adapters.{adapter}",
     "adapter": "adapters.{adapter}",
     "quantize_adapter": "adapters.{adapter}",
+    "tune_adapter": "adapters.{adapter}.tune",
     "evaluate": "tasks.{task}",
 }
 
@@ -164,6 +167,7 @@ _REFERENCES = {
     "tokenize": ("download_dataset", "dataset", ("dataset",)),
     "compress": ("tokenize", "calibration", ("calibration",)),
     "decompose": ("covariance", "calibration", ("calibration",)),
+    "tune_adapter": ("tokenize", "calibration", ("calibration",)),
     "evaluate": ("download_dataset", "dataset", ("dataset", "fewshot_dataset", "perplexity")),
 }
 
@@ -180,12 +184,13 @@ def _other_inputs(config: Config, place: Place, inputs: list[str], results: Path
             found = stages.place_of(path.parent.relative_to(results).as_posix())
             if found is not None and found.stage == stage:
                 old.add(dict(found.wildcards)[wildcard])
-    section, name = _SECTIONS[place.stage].format(**dict(place.wildcards)).split(".", 1)
-    new = {key: config[section][name][key] for key in keys if key in config[section][name]}
+    parts = [part.format(**dict(place.wildcards)) for part in _SECTIONS[place.stage].split(".")]
+    entry = reduce(getitem, parts, config)
+    new = {key: entry[key] for key in keys if key in entry}
     for key, value in new.items():
         if value not in old:
             gone = ", ".join(sorted(old - set(new.values()))) or "-"
-            yield f"{section}.{name}.{key}: {gone} -> {value}"
+            yield f"{'.'.join(parts)}.{key}: {gone} -> {value}"
 
 
 Row = tuple[str, str, str]  # model (or data set, task), compression, adapter with rank
@@ -201,6 +206,7 @@ _COLUMNS = {
     "decompose": "decompose",
     "adapter": "adapter",
     "quantize_adapter": "low-bit",
+    "tune_adapter": "tune",
     "evaluate": "evaluate",
 }
 COLUMNS = tuple(dict.fromkeys(_COLUMNS.values()))

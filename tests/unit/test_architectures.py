@@ -445,10 +445,10 @@ def test_an_architecture_is_refused_by_its_modules(kind, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_rounding_around_an_adapter_wants_plain_layers(folders, family):
-    layers.check_beside(streaming.check(folders("llama")))
-    with pytest.raises(Mistake, match=r"\.around: .* plain linear layers"):
-        layers.check_beside(streaming.check(folders(family)))
+def test_what_wants_plain_layers_refuses_others(folders, family):
+    layers.check_plain(streaming.check(folders("llama")), "a.around")
+    with pytest.raises(Mistake, match=r"a\.around and b\.tune: for plain linear layers"):
+        layers.check_plain(streaming.check(folders(family)), "a.around", "b.tune")
 
 
 def test_blocks_that_share_what_they_fill_in_are_refused(folders):

@@ -41,6 +41,9 @@ tasks:
 REMOVE = object()
 AROUND = {"compression": "w2", "adapter": "e", "rank": 4}
 AGAIN = {"bits": 2, "calibration": "c", "around": AROUND}
+TUNED = {
+    "calibration": "c", "ranks": [4], "bits": [16], "tune": {"calibration": "c", "steps": 5}
+}  # fmt: skip
 EXISTING = {"method": "existing", "model": "m", "checkpoint": {"hub": "o/q", "revision": "main"}}
 
 
@@ -205,6 +208,21 @@ MISTAKES = {
         AGAIN | {"method": "gptq"},
         "goes with autoround, not with gptq; remove it",
     ),
+    "tuned in few bits": (
+        "adapters.f",
+        TUNED | {"bits": [16, 4]},
+        "a fine-tuned adapter is kept in 16 bits; write adapters.f.bits: [16]",
+    ),
+    "tuned on an unknown calibration": (
+        "adapters.f",
+        TUNED | {"tune": {"calibration": "x", "steps": 5}},
+        "calibrations has no entry 'x'; known: c",
+    ),
+    "tuned by nothing": (
+        "adapters.f",
+        TUNED | {"tune": {"calibration": "c"}},
+        "missing; it is need",
+    ),
     "data set and mix": ("calibrations.c.mix", {"d": 0.5, "x": 0.5}, "exactly one of dataset and"),
     "no data set": ("calibrations.c.dataset", REMOVE, "dataset and mix (found neither)"),
     "shares of more than all": ("calibrations.c", mixed(d=0.5, e=0.6), "the shares add up to 1.1"),
@@ -269,6 +287,9 @@ NAMED = {
     "around itself": "compressions.w2.around.compression",
     "around a checkpoint": "compressions.again.around.compression",
     "gptq around an adapter": "compressions.again.around",
+    "tuned in few bits": "adapters.f.tune",
+    "tuned on an unknown calibration": "adapters.f.tune.calibration",
+    "tuned by nothing": "adapters.f.tune.steps",
     "two ways to judge": "tasks.t",
     "no way to judge": "tasks.t",
     "two sources": "models.m",
@@ -811,6 +832,18 @@ JOBS = {
         "adapter": 4 * 3,
         "evaluate": 1 + 4 * (1 + 3),
     },
+    "smollm2-tuned": {
+        "download_model": 1,
+        "download_dataset": 3,
+        "check_model": 1,
+        "tokenize": 3,
+        "compress": 1,
+        "covariance": 1,
+        "decompose": 5,
+        "adapter": 5,
+        "tune_adapter": 3,
+        "evaluate": 1 + 1 + 5,
+    },
     "smollm2-around": {
         "download_model": 1,
         "download_dataset": 2,
@@ -902,6 +935,12 @@ def test_snakemake_checks_ranks_against_models_that_are_there(tmp_path):
 
 
 # --- compressions around adapters ---
+
+
+def test_a_compression_is_not_made_around_a_tuned_adapter():
+    assert complaints(changed(("compressions.again", AGAIN), ("adapters.e", TUNED))) == [
+        "compressions.again.around.adapter: e is fine-tuned; name one without tune"
+    ]
 
 
 def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():

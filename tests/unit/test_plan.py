@@ -16,8 +16,8 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from conftest import ROOT, SENTENCES, make_tokenizer
+from eora import adapters, architectures, covariance, manifest, plan, shapes, stages, streaming
 from eora import config as cfg
-from eora import covariance, manifest, plan, shapes, stages, streaming
 from eora.errors import Mistake
 from local_sources import COMMIT, hub
 
@@ -37,7 +37,15 @@ def config(model: Path) -> cfg.Config:
         models={"m": {"path": str(model)}},
         calibrations={"c": {"dataset": "text", "samples": SAMPLES, "seqlen": SEQLEN}},
         compressions={"w2": {"bits": 2, "group_size": 32, "iters": 2, "calibration": "c"}},
-        adapters={"eora": {"calibration": "c", "ranks": [64], "max_rank": 128, "bits": [16, 4]}},
+        adapters={
+            "eora": {"calibration": "c", "ranks": [64], "max_rank": 128, "bits": [16, 4]},
+            "tuned": {
+                "calibration": "c",
+                "ranks": [64],
+                "bits": [16],
+                "tune": {"calibration": "c", "steps": 2},
+            },
+        },
         tasks={"text": {"perplexity": "text", "window": SEQLEN, "windows": SAMPLES}},
         runtime={"device": "cpu", "batch_size": 8},
     )
@@ -111,6 +119,20 @@ DECOMPOSE = stages.place(
     "decompose", model="m", compression="w2", adapter="eora", shard=0, shards=1
 )
 EVALUATE = stages.place("evaluate", model="m", variant="w2", task="text")
+ADAPTER = stages.place("adapter", model="m", compression="w2", adapter="tuned", rank=64)
+TUNE = stages.place("tune_adapter", model="m", compression="w2", adapter="tuned", rank=64)
+
+
+def save_adapter(folder: Path, model: Path) -> None:
+    """A random adapter of a model, as the adapter stage leaves it."""
+    layers = architectures.linear_layers(streaming.BlockStream(model, "cpu").model)
+    pairs = {
+        name: (torch.randn(64, layer.in_features), torch.randn(layer.out_features, 64) / 100)
+        for name, layer in layers.items()
+        if ".layers." in name
+    }
+    adapters.save_peft(folder / "adapter", pairs, 64, "m")
+    manifest.seal(folder, {})
 
 
 @pytest.mark.slow
@@ -125,6 +147,9 @@ def test_memory_and_disk_are_within_a_quarter_of_what_stages_take(made):
         Job(made, settings, EVALUATE, model=COMPRESS.folder, dataset="datasets/text"),
     )
     taken |= {DECOMPOSE: last[0].end(), EVALUATE: last[1].end()}
+    save_adapter(made / ADAPTER.folder, made / "models/m/model")
+    inputs = {"compressed": COMPRESS.folder, "adapter": ADAPTER.folder, "tokens": "tokens/m/c"}
+    taken[TUNE] = Job(made, settings, TUNE, **inputs).end()
 
     costs = plan.Costs(settings, cuda=False)
     found = shapes.known(settings["models"]["m"], made / "models/m")

@@ -726,3 +726,21 @@ def test_a_compression_made_around_an_adapter_is_compared_with_its_first_rounds(
     assert "wins back 75 % of the loss of w2g32 on arc-easy" in text
     assert "made around an adapter" in text
     assert "made around an adapter" not in text_of(page(tmp_path, plan | {"compressions": {}}))
+
+
+def test_a_fine_tuned_adapter_has_its_losses_and_its_own_folder(tmp_path):
+    plan = make(tmp_path, USUAL)
+    assert "Losses of fine-tuning" not in page(tmp_path, plan)
+    tuned = plan["variants"][2] | {"tuned": True}
+    assert tuned["variant"] == "w2g32+r8"
+    folder = tmp_path / "adapters" / "tiny" / "w2g32" / "eora" / "r8-tuned"
+    manifest(folder / "manifest.json", adapter_tensors(4))
+    losses = [{"step": i, "loss": 3.0 - i / 10, "learning_rate": 1e-4} for i in range(1, 21)]
+    save(folder / "losses.json", losses)
+    plan |= {"variants": [*plan["variants"][:2], tuned, *plan["variants"][3:]]}
+    frame = report.build(tmp_path, plan)
+    assert cell(frame, "w2g32+r8", "adapter_bytes") == RANK8 / 2
+    html = page(tmp_path, plan)
+    drawn = html.split("Losses of fine-tuning in tiny")[1].split("</details>")[0]
+    assert "Loss of fine-tuning by step: w2g32+r8 from 2.90 to 1.05." in drawn
+    assert drawn.count("<svg") == 1

@@ -8,15 +8,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from conftest import ROOT, make_model, make_questions
+from conftest import ROOT, copy_whole, failures, make_model, make_questions
+from eora import adapters, export, stages
 from eora import config as cfg
-from eora import stages
 
 Job = tuple[str, frozenset[tuple[str, str]]]  # rule, and its wildcards by name
 REPORT: Job = ("report", frozenset())
@@ -68,6 +69,8 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
                     yield job("quantize_adapter", **made, bits=bits)
                 for task in config["tasks"]:
                     yield job("evaluate", **made, bits=bits, task=task)
+            if "tune" in entry:
+                yield job("tune_adapter", **made)
 
 
 AFTER_DECOMPOSE = ("decompose", "adapter", "quantize_adapter", "evaluate")
@@ -110,6 +113,8 @@ MESSAGES = {
     r" for (?P<model>\S+) (?P<compression>\S+)",
     "quantize_adapter": r"Rounding adapter (?P<adapter>\S+) of rank (?P<rank>\d+)"
     r" for (?P<model>\S+) (?P<compression>\S+) to (?P<bits>\d+) bits",
+    "tune_adapter": r"Fine-tuning adapter (?P<adapter>\S+) of rank (?P<rank>\d+)"
+    r" for (?P<model>\S+) (?P<compression>\S+)",
     "evaluate": r"Judging (?P<model>\S+) (?P<variant>\S+) by (?P<task>\S+)",
     "report": r"Writing the report",
 }
@@ -227,6 +232,7 @@ OF_SENTENCES = [some("download_dataset", dataset="sentences"), *ROUNDING, *JUDGE
 OF_W2 = [some(*AFTER_COMPRESS, compression="w2")]
 OF_W4 = [some("download_checkpoint", *AFTER_COMPRESS, compression="w4")]
 FITTED = [some(*AFTER_DECOMPOSE, adapter="eora")]
+TUNED = [some("tune_adapter"), some("evaluate", adapter="eora")]
 NOTHING: list = []
 
 
@@ -320,6 +326,12 @@ TABLE = {
         [some("quantize_adapter"), some("evaluate", bits="4")],
     ),
     "adapters.*.method": Row(edit(("adapters/eora/method", "svd")), FITTED),
+    "adapters.*.tune.calibration": Row(edit(("adapters/eora/tune/calibration", "moments")), TUNED),
+    "adapters.*.tune.steps": Row(edit(("adapters/eora/tune/steps", 3)), TUNED),
+    "adapters.*.tune.batch_size": Row(edit(("adapters/eora/tune/batch_size", 3)), TUNED),
+    "adapters.*.tune.learning_rate": Row(edit(("adapters/eora/tune/learning_rate", 0.1)), TUNED),
+    "adapters.*.tune.start": Row(edit(("adapters/eora/tune/start", "zero")), TUNED),
+    "adapters.*.tune.seed": Row(edit(("adapters/eora/tune/seed", 7)), TUNED),
     "tasks.*.lm_eval": Row(
         edit(("tasks/choice/lm_eval", "arc_challenge")),
         [some("prepare_task", task="choice"), *JUDGED_CHOICE],
@@ -397,10 +409,41 @@ def check(pipeline, row: Row, dry_run: bool = True) -> list[str]:
     return reasons
 
 
+@pytest.fixture(scope="module")
+def tuned(pipeline, tmp_path_factory):
+    """The pipeline with its adapter fine-tuned, of one model and compression."""
+    folder = tmp_path_factory.mktemp("tuned") / "clone"
+    copy_whole(pipeline.folder, folder)
+    config = copy.deepcopy(pipeline.config)
+    del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
+    config["datasets"].pop("questions")
+    tune = {"calibration": "rounding", "steps": 2, "batch_size": 2}
+    config["adapters"]["eora"] |= {"ranks": [8], "bits": [16], "tune": tune}
+    flow = replace(pipeline, folder=folder, config=config)
+    done = flow.snakemake()
+    assert done.returncode == 0, failures(done.stdout, folder)
+    return flow
+
+
+def test_an_adapter_that_is_tuned_keeps_its_fit(tuned):
+    made = tuned.results / "adapters/tiny/w2/eora"
+    whole = adapters.load_peft(made / "r8-tuned/adapter")
+    for name, (_, b) in adapters.load_peft(made / "r8-16bit/adapter").items():
+        assert b.shape == whole[name][1].shape and not torch.equal(b, whole[name][1])
+    losses = json.loads((made / "r8-tuned/losses.json").read_text())
+    assert [entry["step"] for entry in losses] == [1, 2]
+    assert not list(made.glob("r8-tuned/.progress-*"))
+    assert "Losses of fine-tuning" in (tuned.results / "report.html").read_text()
+    card = export.card(export.facts(export.Source.of(made / "r8-tuned")))
+    assert "then fine-tuned for 2 steps of 2 samples" in card
+    assert "not trained" not in card
+
+
 @pytest.mark.parametrize("key", TABLE)
-def test_one_key(pipeline, others, key):
+def test_one_key(request, pipeline, others, key):
     row = TABLE[key]
-    reasons = check(pipeline, row, dry_run=False)  # which agrees with status in the rows below
+    flow = request.getfixturevalue("tuned") if ".tune." in key else pipeline
+    reasons = check(flow, row, dry_run=False)  # which agrees with status in the rows below
     if row.again and key != "results":
         section, _, last = key.replace("*", "entry").partition(".entry.")
         why = row.why if row.why is not None else rf"{section}\.\w+\.{last}: "
@@ -517,6 +560,7 @@ VERSIONS = {
     "decompose": FITTED,
     "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
     "quantize_adapter": [some("quantize_adapter"), some("evaluate", bits="4")],
+    "tune_adapter": TUNED,
     "evaluate": [some("evaluate")],
     "report": [],
 }
@@ -527,7 +571,8 @@ def test_every_stage_has_a_version():
 
 
 @pytest.mark.parametrize("stage", VERSIONS)
-def test_a_stages_version_is_raised(pipeline, tmp_path, stage):
+def test_a_stages_version_is_raised(request, tmp_path, stage):
+    pipeline = request.getfixturevalue("tuned" if stage == "tune_adapter" else "pipeline")
     for name in ("Snakefile", "workflow", "profiles", "scripts", "envs"):
         source = ROOT / name
         copier = shutil.copytree if source.is_dir() else shutil.copyfile

@@ -1,7 +1,7 @@
 # Original, compressed model and second moments -> factors once, then each rank's adapter, 16-bit
-# (PEFT) and in few bits.
+# (PEFT), and that in few bits or fine-tuned.
 # Out: decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}/factors,
-#      adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit/adapter
+#      adapters/{model}/{compression}/{adapter}/r{rank}-{bits}bit/adapter, r{rank}-tuned/adapter
 
 
 rule decompose:
@@ -114,3 +114,47 @@ rule quantize_adapter:
     shell:
         "python {params.script:q} --params {params.spec:q} --adapter {input.adapter:q}"
         " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
+
+
+rule tune_adapter:
+    """Fine-tune one rank's adapter beside the frozen compressed model."""
+    input:
+        compressed=made("compressed/{model}/{compression}"),
+        compressed_files=ancient(f"{RESULTS}/compressed/{{model}}/{{compression}}/model"),
+        adapter=made("adapters/{model}/{compression}/{adapter}/r{rank}-16bit"),
+        adapter_files=ancient(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-16bit/adapter"
+        ),
+        tokens=lambda wc: made(tuned_on(wc)),
+        tokens_file=lambda wc: ancient(f"{RESULTS}/{tuned_on(wc)}/tokens.safetensors"),
+    output:
+        manifest=made("adapters/{model}/{compression}/{adapter}/r{rank}-tuned"),
+        losses=f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-tuned/losses.json",
+        adapter=directory(
+            f"{RESULTS}/adapters/{{model}}/{{compression}}/{{adapter}}/r{{rank}}-tuned/adapter"
+        ),
+    log:
+        f"{RESULTS}/logs/tune_adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tune_adapter/{{model}}/{{compression}}/{{adapter}}/r{{rank}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: THREADS
+    resources:
+        gpu=1,
+        device=RUNTIME["device"],
+        batch_size=RUNTIME["batch_size"],
+        mem_mb=sized("tune_adapter", "mem_mb"),
+        gpu_mem_mb=sized("tune_adapter", "gpu_mem_mb"),
+        runtime=sized("tune_adapter", "runtime", least=30),
+    params:
+        script=script("tune_adapter"),
+        spec=spec("tune_adapter"),
+        store=kept(),
+    message:
+        "Fine-tuning adapter {wildcards.adapter} of rank {wildcards.rank} for"
+        " {wildcards.model} {wildcards.compression}"
+    shell:
+        "python {params.script:q} --params {params.spec:q} --compressed {input.compressed:q}"
+        " --adapter {input.adapter:q} --tokens {input.tokens:q} --batch-size {resources.batch_size}"
+        " --device {resources.device} {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"

@@ -193,9 +193,9 @@ def options(input, *keys):
 # --- tokenize.smk ---
 
 
-def around_option():
-    """The script's argument where a compression is made around an adapter, of every model."""
-    return ["--around"] if any("around" in e for e in config["compressions"].values()) else []
+def plain_option(model):
+    """The script's arguments for what wants plain linear layers of a model."""
+    return [part for key in cfg.plain_alone(config, model) for part in ("--plain", key)]
 
 
 def datasets_of(wc):
@@ -253,6 +253,11 @@ def shards_of(wc):
     """Folders of all decompositions that a rank is sliced from."""
     base = f"decompositions/{wc.model}/{wc.compression}/{wc.adapter}"
     return [f"{base}/{shard}-of-{SHARDS}" for shard in range(SHARDS)]
+
+
+def tuned_on(wc):
+    """Folder of the samples that an adapter is fine-tuned on."""
+    return f"tokens/{wc.model}/{config['adapters'][wc.adapter]['tune']['calibration']}"
 
 
 # --- evaluate.smk ---

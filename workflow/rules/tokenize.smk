@@ -26,12 +26,12 @@ rule check_model:
         script=script("check_model"),
         ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config)),
         trust=lambda wc, input: trust_option(config["models"][wc.model]),
-        around=lambda wc, input: around_option(),
+        plain=lambda wc, input: plain_option(wc.model),
     message:
         "Checking model {wildcards.model}"
     shell:
         "python {params.script:q} --name {wildcards.model:q} --model {input.model:q}"
-        " --ranks {params.ranks:q} {params.trust:q} {params.around:q} 2>&1 | tee {log:q}"
+        " --ranks {params.ranks:q} {params.trust:q} {params.plain:q} 2>&1 | tee {log:q}"
 
 
 rule tokenize:

@@ -47,7 +47,7 @@ CSV_COLUMNS = [
 
 # What only the page shows; kept in the frame so that `write` needs no other input.
 PAGE_COLUMNS = ["available", "best_for_size", "dtype", "each", "metrics"]
-PAGE_COLUMNS += ["prompt_tokens", "residuals", "tools"]
+PAGE_COLUMNS += ["losses", "prompt_tokens", "residuals", "tools"]
 
 _WHOLE = ["group_size", "rank", "adapter_bits", "samples", "bytes", "weight_bytes", "scale_bytes"]
 _WHOLE += ["other_bytes", "adapter_bytes", "available", "prompt_tokens"]

@@ -47,7 +47,7 @@ def other_bits(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"{name}: judged in 16 bits alone. In 4 bits an adapter takes about a quarter of the bytes:"
         f" add 4 to adapters.{name}.bits."
         for name, entry in adapters.items()
-        if entry.get("bits") == [16]
+        if entry.get("bits") == [16] and "tune" not in entry
     ]
 
 

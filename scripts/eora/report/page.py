@@ -10,7 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eora.report import residuals
+from eora.report import losses, residuals
 from eora.report.comparing import CSV_COLUMNS, made_around
 from eora.report.figures import BASE_MARKER, figure, looks
 from eora.report.gaps import not_run
@@ -82,6 +82,7 @@ def model_section(name: str, rows: list[Row], index: int) -> Row:
             figure(by_task[task], look, f"f{index}-{i}-") for i, task in enumerate(tasks, 1)
         ],
         "residuals": residuals.figures(rows, f"r{index}-"),
+        "losses": losses.figure(rows, f"l{index}-"),
         "table": table_rows(rows, tasks),
         "details": metric_rows(rows),
         "costs": cost_sentences(rows),

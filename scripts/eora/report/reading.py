@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from eora.config import bare
+from eora.config import Variant, bare
 from eora.errors import Mistake
 
 # Bits of one element, under the names that safetensors headers use.
@@ -24,6 +24,8 @@ DTYPE_BITS = {
 
 # What formats call a layer's weights; what else lies beside them scales them.
 WEIGHTS = {"weight", "qweight", "weight_packed"}
+
+LOSSES = "losses.json"  # of a fine-tuned adapter
 
 Row = dict[str, Any]
 
@@ -150,14 +152,13 @@ def read_parts(results: Path, variant: Mapping[str, Any]) -> Parts:
     compressed = read_manifest(path, "manifest of the compressed model")
     if adapter is None:
         return Parts(original, compressed, None)
-    path = results / adapter_folder(variant, variant["adapter_bits"]) / "manifest.json"
+    path = results / as_variant(variant).adapter_folder / "manifest.json"
     return Parts(original, compressed, read_manifest(path, "adapter manifest"))
 
 
-def adapter_folder(variant: Mapping[str, Any], bits: int) -> Path:
-    """Where a variant's adapter lies in the results, in this many bits."""
-    names = (variant[key] for key in ("model", "compression", "adapter"))
-    return Path("adapters", *names, f"r{variant['rank']}-{bits}bit")
+def as_variant(row: Mapping[str, Any]) -> Variant:
+    """The variant of a plan's row."""
+    return Variant(**{key: value for key, value in row.items() if key != "variant"})
 
 
 def read_residuals(folder: Path) -> dict[str, list[float]] | None:
@@ -243,8 +244,12 @@ def variant_rows(results: Path, variant: Mapping[str, Any], plan: Mapping[str, A
     """One row per task for one variant of the plan."""
     shared = variant_columns(read_parts(results, variant), variant, plan)
     shared["residuals"] = None
+    shared["losses"] = None
     if variant["adapter"] is not None:
-        shared["residuals"] = read_residuals(results / adapter_folder(variant, 16))
+        mine = as_variant(variant)
+        shared["residuals"] = read_residuals(results / mine.fitted.adapter_folder)
+        if mine.tuned:
+            shared["losses"] = json.loads((results / mine.adapter_folder / LOSSES).read_text())
     folder = results / "evaluations" / variant["model"] / variant["variant"]
     wanted = plan.get("metrics", {})
     rows = [

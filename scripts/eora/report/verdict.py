@@ -61,7 +61,7 @@ def recovery_part(row: Row, compressed: Row, first: bool) -> Markup:
     of = f"of {row['recovered_from']} " if made_around(row) else ""
     loss = Markup("of the loss {}").format(of)
     return Markup("{} {}on {}{}").format(
-        show_share(row["recovered"]),
+        show_share(row["recovered"]) if row["recovered"] <= 1 else "more than all",
         loss if first else "",
         row["task"],
         " (within noise)" if is_noise(row, compressed) else "",
