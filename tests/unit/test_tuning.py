@@ -95,7 +95,16 @@ def test_a_killed_run_goes_on_to_the_same_factors(tiny_model, fitted, tmp_path, 
     cut = shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
     (cut / "whole").unlink()
     (cut / "optimizer.pt").write_bytes(b"half")
+    steps = []
+
+    class Counting(trainer):
+        def training_step(self, *args, **kwargs):
+            steps.append(self.state.global_step)
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(tuning, "Trainer", Counting)
     again, told = tuning.tune(tiny_model, fitted, samples(), checkpoints, **SETTINGS)
+    assert steps == [4, 5, 6, 7]
     assert told == losses
     for name, pair in whole.items():
         for one, other in zip(pair, again[name], strict=True):
