@@ -150,7 +150,7 @@ class Result:
         """
         own = self.out / f".progress-{manifest.digest_of(self.recipe)[:16]}"
         for other in self.out.glob(".progress-*"):
-            if other != own:
+            if other != own and _abandoned(other):
                 shutil.rmtree(other, ignore_errors=True)
         own.mkdir(exist_ok=True)
         with ExitStack() as held:

@@ -728,6 +728,13 @@ def test_a_compression_made_around_an_adapter_is_compared_with_its_first_rounds(
     assert "made around an adapter" not in text_of(page(tmp_path, plan | {"compressions": {}}))
 
 
+def test_a_gain_beyond_the_loss_is_told_in_words(tmp_path):
+    """Of a small loss a share has no meaning: 5,126 % would be noise with four digits."""
+    plan = make(tmp_path, USUAL | {"w2g32+r8": (0.7, 20.0)})
+    text = text_of(page(tmp_path, plan))
+    assert "wins back more than all of the loss on arc-easy and 50 % on" in text
+
+
 def test_a_fine_tuned_adapter_has_its_losses_and_its_own_folder(tmp_path):
     plan = make(tmp_path, USUAL)
     assert "Losses of fine-tuning" not in page(tmp_path, plan)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def test_what_a_killed_job_left_is_cleared(tmp_path):
 # Makes results with files "a" and "b" of one text, each when it reads a line or the end of input.
 TWIN = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from eora.result import Result
 out, rounds, text = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -192,3 +194,37 @@ def test_digest_of_one_file_beside_the_manifest(tmp_path):
         return manifest.digest(tmp_path / "known.bin")
 
     assert digest("x") == digest("x") != digest("y")
+
+
+def left(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".progress")]
+
+
+def test_what_a_killed_job_was_at_is_there_for_the_next_of_the_same_recipe(tmp_path):
+    first, other = (Result(tmp_path, "s", {"version": version}) for version in (1, 2))
+
+    def half(result):
+        with suppress(RuntimeError), result.publish(), result.progress() as folder:
+            (folder / "checkpoint").touch()
+            raise RuntimeError
+
+    half(first)
+    with first.publish(), first.progress() as folder:
+        assert (folder / "checkpoint").exists()
+    assert left(tmp_path) == []
+    half(first)
+    with other.publish(), other.progress() as folder:
+        assert not (folder / "checkpoint").exists()
+        assert left(tmp_path) == [folder.name]
+
+
+def test_two_copies_of_a_job_do_not_share_what_they_are_at(tmp_path):
+    result = Result(tmp_path, "s", {"version": 1})
+    with result.progress() as one:
+        (one / "checkpoint").touch()
+        with result.progress() as two:
+            assert not (two / "checkpoint").exists()
+        with result.progress() as three, result.progress() as four:
+            assert len({one, three, four}) == 3
+        assert (one / "checkpoint").exists()
+    assert left(tmp_path) == []
