@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env .venv run plan status recommend export clean-orphans prune bench .cache/peer test slurm \
-	test-slurm on-slurm lint lock clean
+	test-slurm lint lock clean
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
@@ -98,9 +98,7 @@ slurm: ## install Debian's SLURM, for test-slurm (as root)
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
 			slurmctld slurmd slurm-client munge; }
 
-test-slurm: env slurm on-slurm ## run the tests on a real SLURM of one node, started for them
-
-on-slurm: env
+test-slurm: env slurm ## run the tests on a real SLURM of one node, started for them
 	$(IN_ENV) pytest tests/slurm $(ARGS)
 
 lint: env ## check style and format of scripts, tests and rules

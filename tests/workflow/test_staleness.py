@@ -409,10 +409,10 @@ def check(pipeline, row: Row, dry_run: bool = True) -> list[str]:
     return reasons
 
 
-@pytest.fixture(scope="module")
-def tuned(pipeline, tmp_path_factory):
+@pytest.fixture
+def tuned(pipeline, tmp_path):
     """The pipeline with its adapter fine-tuned, of one model and compression."""
-    folder = tmp_path_factory.mktemp("tuned") / "clone"
+    folder = tmp_path / "clone"
     copy_whole(pipeline.folder, folder)
     config = copy.deepcopy(pipeline.config)
     del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
@@ -425,7 +425,11 @@ def tuned(pipeline, tmp_path_factory):
     return flow
 
 
-def test_an_adapter_that_is_tuned_keeps_its_fit(tuned):
+TUNE = [key for key in TABLE if ".tune." in key]
+
+
+def test_an_adapter_is_fine_tuned(tuned, tmp_path):
+    """What was fitted stays; each key of it, and its stage's version, make it anew."""
     made = tuned.results / "adapters/tiny/w2/eora"
     whole = adapters.load_peft(made / "r8-tuned/adapter")
     for name, (_, b) in adapters.load_peft(made / "r8-16bit/adapter").items():
@@ -437,13 +441,21 @@ def test_an_adapter_that_is_tuned_keeps_its_fit(tuned):
     card = export.card(export.facts(export.Source.of(made / "r8-tuned")))
     assert "then fine-tuned for 2 steps of 2 samples" in card
     assert "not trained" not in card
+    for key in TUNE:
+        check_key(tuned, key)
+    (tmp_path / "raised").mkdir()
+    check_version(tuned, tmp_path / "raised", "tune_adapter", TUNED)
 
 
-@pytest.mark.parametrize("key", TABLE)
-def test_one_key(request, pipeline, others, key):
+@pytest.mark.parametrize("key", [key for key in TABLE if key not in TUNE])
+def test_one_key(pipeline, others, key):
+    check_key(pipeline, key)
+
+
+def check_key(pipeline, key):
+    """A row of the table, told by status alone, and that status names the key."""
     row = TABLE[key]
-    flow = request.getfixturevalue("tuned") if ".tune." in key else pipeline
-    reasons = check(flow, row, dry_run=False)  # which agrees with status in the rows below
+    reasons = check(pipeline, row, dry_run=False)  # which agrees with status in the rows below
     if row.again and key != "results":
         section, _, last = key.replace("*", "entry").partition(".entry.")
         why = row.why if row.why is not None else rf"{section}\.\w+\.{last}: "
@@ -560,35 +572,36 @@ VERSIONS = {
     "decompose": FITTED,
     "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
     "quantize_adapter": [some("quantize_adapter"), some("evaluate", bits="4")],
-    "tune_adapter": TUNED,
     "evaluate": [some("evaluate")],
     "report": [],
 }
 
 
 def test_every_stage_has_a_version():
-    assert set(VERSIONS) == {*stages.STAGES, "report"}
+    assert {*VERSIONS, "tune_adapter"} == {*stages.STAGES, "report"}
 
 
 @pytest.mark.parametrize("stage", VERSIONS)
-def test_a_stages_version_is_raised(request, tmp_path, stage):
-    pipeline = request.getfixturevalue("tuned" if stage == "tune_adapter" else "pipeline")
+def test_a_stages_version_is_raised(pipeline, tmp_path, stage):
+    check_version(pipeline, tmp_path, stage, VERSIONS[stage])
+
+
+def check_version(pipeline, checkout, stage, again):
+    """A checkout in which a stage's version is the next makes these jobs anew."""
     for name in ("Snakefile", "workflow", "profiles", "scripts", "envs"):
         source = ROOT / name
         copier = shutil.copytree if source.is_dir() else shutil.copyfile
-        copier(source, tmp_path / name)
-    raised = tmp_path / "scripts/eora/stages.py"
+        copier(source, checkout / name)
+    raised = checkout / "scripts/eora/stages.py"
     place = "REPORT_VERSION =" if stage == "report" else rf'"{stage}": Stage\([^,]*,'
     text = raised.read_text()
     (number,) = re.finditer(rf"{place}\s+(\d+)\b", text)
     version = int(number[1])
     raised.write_text(f"{text[: number.start(1)]}{version + 1}{text[number.end(1) :]}")
     there = copy.copy(pipeline)
-    there.root = tmp_path
+    there.root = checkout
     expected = {
-        found
-        for found in every_job(pipeline.config)
-        if any(is_one(found) for is_one in VERSIONS[stage])
+        found for found in every_job(pipeline.config) if any(is_one(found) for is_one in again)
     }
     jobs, reasons = plan(there)
     assert jobs == expected | {REPORT}
