@@ -68,11 +68,11 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> Judgemen
     for ids in tqdm(input_ids.long().split(batch_size), desc="windows", unit="batch"):
         ids = ids.to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        nll = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        losses.append(nll.view(len(ids), -1).double().mean(1).cpu())
-    windows = torch.cat(losses)
+        # Window by window: float32 logits of a batch would take more than all else.
+        for scores, wanted in zip(logits, ids[:, 1:], strict=True):
+            nll = nn.functional.cross_entropy(scores.float(), wanted, reduction="none")
+            losses.append(nll.double().mean().cpu())
+    windows = torch.stack(losses)
     value = math.exp(windows.mean())
     stderr = value * float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None
     metrics = {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}

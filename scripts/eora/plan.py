@@ -477,10 +477,10 @@ class Costs:
         batch = entry.get("batch_size", self.config["runtime"]["batch_size"])
         if "perplexity" in entry:
             batch, length = min(batch, entry["windows"]), entry["window"]
-            tokens = entry["windows"] * length
+            tokens, at_once = entry["windows"] * length, 1  # a window after the other
         else:
             length = QUESTION_TOKENS
-            tokens = entry.get("limit", QUESTIONS) * length
+            tokens, at_once = entry.get("limit", QUESTIONS) * length, batch
         dense = variant.compression is None or not self.cuda
         compression = self.config["compressions"].get(variant.compression, {})
         loaded = model.stored if dense else self._compressed(model, compression)
@@ -489,8 +489,12 @@ class Costs:
         working = (
             Term("the model", loaded),
             Term("the adapter", self._adapter_bytes(model, variant)),
-            # 16-bit logits, their float32, and the log-probabilities of those.
-            Term("a batch's logits", batch * length * model.vocabulary * 10, setting),
+            Term("a batch's logits", batch * length * model.vocabulary * 2, setting),
+            Term(
+                "the same in float32, and log-probabilities",
+                at_once * length * model.vocabulary * 8,
+                setting,
+            ),
             Term(
                 "a batch's activations",
                 batch * length * max(3 * largest.columns, 8 * model.hidden) * 2,
