@@ -48,6 +48,7 @@ def refit(target: Tensor, integers: Tensor, moment: Tensor) -> Tensor:
     return torch.linalg.solve(left, right.double()[..., None])[..., 0].half().float()
 
 
+@torch.no_grad()
 def main(
     model: Annotated[str, typer.Argument(help="A model of the results.")],
     compression: Annotated[str, typer.Argument(help="Its compression, in AutoRound's format.")],
