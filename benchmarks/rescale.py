@@ -62,32 +62,36 @@ def main(
     original, tokenizer = loading.load(results / "models" / model / "model")
     folder = results / "compressed" / model / compression / "model"
     rounded, _ = loading.load(folder)
-    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-    names = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
+    scales = {
+        name.removesuffix(".scales"): tensor.float().T  # (out, groups)
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.endswith(".scales")
+    }
+    integers, products = {}, {}  # of each layer: as refit takes them, and B A
     documents = text.texts(results / "datasets" / dataset / "data", column)
     ids, _ = text.windows(documents, tokenizer, 24, 1024, "packed", ("windows", "window"))
     moments = results / "covariance" / model / calibration / "0-of-1" / "moments"
 
     for done in range(rounds + 1):
-        for name in names:
+        for name in scales:
             _, _, index, local = name.split(".", 3)  # model.layers.7.mlp.up_proj
             inputs = covariance.Moments(moments / block_files.name(int(index)))
             lower = inputs.lower(inputs.shared[local])
             weight = original.get_submodule(name).weight.float()
-            scales = stored[f"{name}.scales"].float().T  # (out, groups)
             layer = rounded.get_submodule(name).weight
             if done == 0:
-                dense = layer.float().view(*scales.shape, -1)
-                stored[f"{name}.integers"] = (dense / scales[..., None]).round()
                 approximate = layer.float()
+                groups = approximate.view(*scales[name].shape, -1)
+                integers[name] = (groups / scales[name][..., None]).round()
             else:
-                integers, adapter = stored[f"{name}.integers"], stored.get(f"{name}.adapter", 0)
-                new = refit(weight - adapter, integers, lower + lower.tril(-1).T)
-                approximate = (integers * new[..., None]).view(weight.shape)
+                target = weight - products.get(name, 0)
+                new = refit(target, integers[name], lower + lower.tril(-1).T)
+                approximate = (integers[name] * new[..., None]).view(weight.shape)
             if rank:
                 found = decompose(weight - approximate, Metric(lower, "eora"), rank)
-                stored[f"{name}.adapter"] = found.lora_B @ found.lora_A
-                approximate = approximate + stored[f"{name}.adapter"]
+                products[name] = found.lora_B @ found.lora_A
+                approximate = approximate + products[name]
             layer.data = approximate.to(layer.dtype)
         judged = evaluation.perplexity(rounded, ids, 8).metrics["perplexity"]
         typer.echo(f"rank {rank}, {done} rounds: {judged['value']:.2f} ± {judged['stderr']:.2f}")

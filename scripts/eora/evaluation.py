@@ -71,8 +71,8 @@ def perplexity(model: nn.Module, input_ids: Tensor, batch_size: int) -> Judgemen
         # Window by window: float32 logits of a batch would take more than all else.
         for scores, wanted in zip(logits, ids[:, 1:], strict=True):
             nll = nn.functional.cross_entropy(scores.float(), wanted, reduction="none")
-            losses.append(nll.double().mean().cpu())
-    windows = torch.stack(losses)
+            losses.append(nll.double().mean())
+    windows = torch.stack(losses).cpu()
     value = math.exp(windows.mean())
     stderr = value * float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None
     metrics = {"perplexity": {"value": value, "stderr": stderr, "higher_is_better": False}}

@@ -429,8 +429,8 @@ class Costs:
     def _tune_adapter(self, model: Shapes, compression: str, adapter: str, rank: str) -> Cost:
         """Steps through the whole model, with a block's activations computed again."""
         entry = self.config["adapters"][adapter]["tune"]
-        where = f"calibrations.{entry['calibration']}"
         length = self.config["calibrations"][entry["calibration"]]["seqlen"]
+        setting = "runtime.batch_size"
         together = min(entry["batch_size"], self.config["runtime"]["batch_size"]) * length
         factors = sum(_factors(block, int(rank)) for block in model.blocks)
         values = sum(layer.rows * layer.active for layer in model.largest.layers)
@@ -440,10 +440,10 @@ class Costs:
         tuning = (
             loaded,
             Term("the factors, their gradients and the optimizer's two moments", 4 * factors),
-            Term("states between blocks", together * model.hidden * len(model.blocks) * 2, where),
-            Term("a block's activations", together * values * KEPT, f"{where}.seqlen"),
+            Term("states between blocks", together * model.hidden * len(model.blocks) * 2, setting),
+            Term("a block's activations", together * values * KEPT, setting),
             # In 16 bits, float32, and the gradients of both.
-            Term("logits", together * model.vocabulary * 12, f"{where}.seqlen"),
+            Term("logits", together * model.vocabulary * 12, setting),
         )
         dequantizing = (loaded, Term("packed layers", packed), *_dequantizing(largest))
         device, host = self._memory("tune_adapter", tuning)

@@ -32,12 +32,11 @@ def other_ranks(frame: pd.DataFrame, adapters: Mapping[str, Mapping[str, Any]]) 
     """Adapters that are fitted to a larger rank than any that was judged."""
     fitted = fitted_ranks(frame)
     return [
-        f"{name}: fitted up to rank {fitted[name]}, judged at {joined(ranks)}. Any other "
+        f"{name}: fitted up to rank {fitted[name]}, judged at "
+        f"{joined([str(rank) for rank in sorted(entry['ranks'])])}. Any other "
         f"needs no new fit: add it to adapters.{name}.ranks."
         for name, entry in adapters.items()
-        if name in fitted
-        and (ranks := [str(rank) for rank in sorted(entry["ranks"])])
-        and int(ranks[-1]) < fitted[name]
+        if name in fitted and max(entry["ranks"]) < fitted[name]
     ]
 
 

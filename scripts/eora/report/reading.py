@@ -25,21 +25,20 @@ DTYPE_BITS = {
 # What formats call a layer's weights; what else lies beside them scales them.
 WEIGHTS = {"weight", "qweight", "weight_packed"}
 
-LOSSES = "losses.json"  # of a fine-tuned adapter
-
 Row = dict[str, Any]
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; errors name `what` was wanted and the file."""
+def read_json(path: Path, what: str, kind: type = dict) -> Any:
+    """Read a JSON object, or list; errors name `what` was wanted and the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Mistake(f"{what} is missing: {path}; run its stage") from None
     except ValueError as error:
         raise Mistake(f"{what} is not JSON: {path}: {error}; remove it and run again") from None
-    if not isinstance(found, dict):
-        raise Mistake(f"{what} is not a JSON object: {path}; remove it and run again")
+    if not isinstance(found, kind):
+        name = "object" if kind is dict else "list"
+        raise Mistake(f"{what} is not a JSON {name}: {path}; remove it and run again")
     return found
 
 
@@ -249,7 +248,8 @@ def variant_rows(results: Path, variant: Mapping[str, Any], plan: Mapping[str, A
         mine = as_variant(variant)
         shared["residuals"] = read_residuals(results / mine.fitted.adapter_folder)
         if mine.tuned:
-            shared["losses"] = json.loads((results / mine.adapter_folder / LOSSES).read_text())
+            file = results / mine.adapter_folder / "losses.json"
+            shared["losses"] = read_json(file, "losses of fine-tuning", list)
     folder = results / "evaluations" / variant["model"] / variant["variant"]
     wanted = plan.get("metrics", {})
     rows = [
