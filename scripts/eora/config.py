@@ -48,6 +48,7 @@ METHOD_KEYS = {
     "sparsegpt": ("sparsity", *_ROUNDED, "keep"),
     "wanda": ("sparsity", *_ROUNDED, "keep"),
     "existing": ("model", "checkpoint"),
+    "rescale": ("compression", "rank", "rounds"),
 }
 PRUNERS = ("sparsegpt", "wanda")
 ONE_SHOT = ("gptq", *PRUNERS)  # by llm-compressor
@@ -333,9 +334,17 @@ def settings(entry: Config) -> Config:
     return found | ({"checkpoint": origin(entry["checkpoint"])} if "checkpoint" in entry else {})
 
 
-def applies(entry: Config, model: str) -> bool:
+def integers(compressions: Mapping[str, Config], name: str) -> Config:
+    """The entry of the compression that a compression has its integers of: itself, but where it is
+    one with new scales."""
+    while compressions[name]["method"] == "rescale":
+        name = compressions[name]["compression"]
+    return compressions[name]
+
+
+def applies(compressions: Mapping[str, Config], name: str, model: str) -> bool:
     """Whether a compression is made of a model: an existing one belongs to one alone."""
-    return entry.get("model", model) == model
+    return integers(compressions, name).get("model", model) == model
 
 
 def _compression_mistakes(
@@ -345,6 +354,7 @@ def _compression_mistakes(
     if method not in METHOD_KEYS:
         return
     needed = ["model", "checkpoint"] if method == "existing" else ["calibration"]
+    needed += ["compression", "rank"] if method == "rescale" else []
     needed += ["bits"] if method in ("autoround", "gptq") else []
     for key in needed:
         if key not in entry:
@@ -364,13 +374,16 @@ def _compression_mistakes(
     if "calibration" in entry:
         name = entry["calibration"]
         yield from _reference(f"{where}.calibration", name, "calibrations", config)
-        if config["calibrations"].get(name, {}).get("layout") == "documents":
+        layout = config["calibrations"].get(name, {}).get("layout")
+        if layout == "documents" and method != "rescale":
             yield (
                 f"{where}.calibration: compressing wants full windows; "
                 f"set calibrations.{name}.layout to packed, or name another"
             )
     if "around" in entry and method == "autoround":
-        yield from _around_mistakes(where, entry["around"], config)
+        yield from _around_mistakes(f"{where}.around", entry["around"], config)
+    if "compression" in entry and method == "rescale":
+        yield from _rescale_mistakes(where, entry, config)
     if method in PRUNERS and ":" in entry["sparsity"]:
         zeros, of = map(int, entry["sparsity"].split(":"))
         if zeros >= of:
@@ -389,10 +402,18 @@ def _compression_mistakes(
             )
 
 
+def _before_mistakes(where: str, name: str, config: Config) -> Iterator[str]:
+    """What a compression is made from must be there, and must not be made from itself."""
+    where = f"{where}.compression"
+    yield from _reference(where, name, "compressions", config)
+    last = _before(name, config)[-1:]
+    if last and made_from(config["compressions"][last[0]]) in config["compressions"]:
+        yield f"{where}: {last[0]} is made from itself; name one made before it"
+
+
 def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str]:
-    """What a compression is made around must be there, and must not be made from itself."""
-    where = f"{where}.around"
-    yield from _reference(f"{where}.compression", around["compression"], "compressions", config)
+    """An adapter that is there, and that every model has."""
+    yield from _before_mistakes(where, around["compression"], config)
     yield from _reference(f"{where}.adapter", around["adapter"], "adapters", config)
     fitted = config["adapters"].get(around["adapter"], {})
     if "tune" in fitted:
@@ -403,20 +424,40 @@ def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str
             f"{where}.rank: {around['rank']} is above adapters.{around['adapter']}.max_rank "
             f"{limit}; raise max_rank (this remakes the decompositions) or lower the rank"
         )
-    seen, inner = set(), around["compression"]
-    while inner not in seen and inner in config["compressions"]:
-        seen.add(inner)
-        entry = config["compressions"][inner]
-        if entry["method"] == "existing":
-            yield (
-                f"{where}.compression: {inner} is an existing checkpoint, which belongs to one "
-                "model; name one that is made of every model"
-            )
-        if "around" not in entry:
-            return
-        inner = entry["around"]["compression"]
-    if inner in seen:
-        yield f"{where}.compression: {inner} is made around itself; name one made before it"
+    before = _before(around["compression"], config)
+    if any(config["compressions"][name]["method"] == "existing" for name in before):
+        yield (
+            f"{where}.compression: {around['compression']} is an existing checkpoint, which "
+            "belongs to one model; name one that is made of every model"
+        )
+
+
+def _rescale_mistakes(where: str, entry: Config, config: Config) -> Iterator[str]:
+    """There must be scales to fit."""
+    name = entry["compression"]
+    yield from _before_mistakes(where, name, config)
+    before = config["compressions"].get(name, {})
+    if before.get("method") in PRUNERS and "bits" not in before:
+        yield f"{where}.compression: {name} is not rounded, so it has no scales; name one with bits"
+
+
+def made_from(entry: Config) -> str | None:
+    """The compression that another is made from, if it is."""
+    return (entry.get("around") or entry).get("compression")
+
+
+def needs_adapter(entry: Config) -> bool:
+    """Whether a compression is made to have an adapter beside it, and is of no use without."""
+    return made_from(entry) is not None
+
+
+def _before(name: str, config: Config) -> list[str]:
+    """A compression and those that it is made from in turn, as far as they are there, each once."""
+    found: list[str] = []
+    while name in config["compressions"] and name not in found:
+        found.append(name)
+        name = made_from(config["compressions"][name]) or ""
+    return found
 
 
 def bare(compressions: Mapping[str, Config], name: str) -> str:
@@ -424,11 +465,11 @@ def bare(compressions: Mapping[str, Config], name: str) -> str:
     without, so that which its first round began with.
 
     Args:
-        compressions: by name, with what each is made around.
+        compressions: by name, with what each is made from.
         name: one of them, or the name of none.
     """
-    while around := compressions.get(name, {}).get("around"):
-        name = around["compression"]
+    while name in compressions and needs_adapter(compressions[name]):
+        name = made_from(compressions[name])
     return name
 
 
@@ -492,12 +533,15 @@ def asked_ranks(config: Config) -> dict[str, list[int]]:
     for name, entry in config["compressions"].items():
         if "around" in entry:
             found[f"compressions.{name}.around.rank"] = [entry["around"]["rank"]]
+        if entry["method"] == "rescale":
+            found[f"compressions.{name}.rank"] = [entry["rank"]]
     return found
 
 
 def plain_alone(config: Config, model: str) -> list[str]:
     """Keys that ask for what works on plain linear layers alone, of those that apply to a model."""
-    made = {n: e for n, e in config["compressions"].items() if applies(e, model)}
+    every = config["compressions"]
+    made = {name: entry for name, entry in every.items() if applies(every, name, model)}
     return [
         *(f"compressions.{name}.method" for name, e in made.items() if e["method"] in ONE_SHOT),
         *(f"compressions.{name}.around" for name, e in made.items() if "around" in e),
@@ -615,9 +659,9 @@ def variants(config: Config) -> list[Variant]:
     for model in config["models"]:
         found.append(Variant(model))
         for compression, made in config["compressions"].items():
-            if not applies(made, model):
+            if not applies(config["compressions"], compression, model):
                 continue
-            if "around" not in made:
+            if not needs_adapter(made):
                 found.append(Variant(model, compression))
             found += [
                 Variant(model, compression, adapter, rank, bits, "tune" in entry)

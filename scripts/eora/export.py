@@ -97,22 +97,20 @@ def _fitted_on(source: Source) -> tuple[str, dict[str, Any], str]:
     return fit["params"]["method"], made["params"], " and ".join(names)
 
 
-def _bare(source: Source) -> str:
-    """The compression that is compared with: of one made around an adapter, its first round's."""
-    name = source.variant.compression
+def _compressions(source: Source) -> dict[str, manifest.Manifest]:
+    """The manifests of the compression and of those that it was made from in turn, by name."""
+    found: dict[str, manifest.Manifest] = {}
     folder = source.results / "compressed" / source.variant.model
-    while (made := folder / name / manifest.NAME).is_file():
-        around = manifest.load(made)["params"].get("around")
-        if not around:
-            break
-        name = around["compression"]
-    return name
+    name = source.variant.compression
+    while name is not None and (made := folder / name / manifest.NAME).is_file():
+        found[name] = manifest.load(made)
+        name = config.made_from(found[name]["params"])
+    return found
 
 
-def _checkpoint(source: Source) -> dict[str, str]:
+def _checkpoint(source: Source, compression: str) -> dict[str, str]:
     """Where the compressed model was taken from, if somebody else made it."""
-    place = source.variant
-    made = source.results / "checkpoints" / place.model / place.compression / manifest.NAME
+    made = source.results / "checkpoints" / source.variant.model / compression / manifest.NAME
     if not made.is_file():
         return {}
     taken = manifest.load(made)["params"]["source"]
@@ -157,7 +155,11 @@ def _weights(made: manifest.Manifest, folder: str) -> dict[str, dict[str, Any]]:
 def facts(source: Source) -> dict[str, Any]:
     """What an adapter's card tells."""
     adapter, compressed = manifest.load(source.adapter), manifest.load(source.compressed)
-    bare, weights = _bare(source), _weights(compressed, "model")
+    made, weights = _compressions(source), _weights(compressed, "model")
+    params = {name: entry["params"] for name, entry in made.items()}
+    bare = config.bare(params, source.variant.compression)
+    whole = config.integers(params, source.variant.compression)
+    first = next(name for name, entry in params.items() if entry is whole)
     method, calibration, dataset = _fitted_on(source)
     licences = sorted(path.name for path in (source.original / "model").glob("LICENSE*"))
     return {
@@ -170,18 +172,15 @@ def facts(source: Source) -> dict[str, Any]:
         "packed": source.variant.adapter_bits != 16,
         "tuned": adapter["params"] if source.variant.tuned else None,
         "bare": None if bare == source.variant.compression else bare,
-        "compression": {
-            key: compressed["params"][key]
-            for key in _COMPRESSION
-            if compressed["params"].get(key) is not None
-        }
-        | _checkpoint(source),
+        "compression": {key: whole[key] for key in _COMPRESSION if whole.get(key) is not None}
+        | _checkpoint(source, first),
+        "rescaled": first != source.variant.compression,
         "weights": {name: entry["sha256"] for name, entry in weights.items()},
         "bytes": sum(entry["bytes"] for entry in _weights(adapter, "adapter").values()),
         "base_bytes": sum(entry["bytes"] for entry in weights.values()),
         "calibration": {"samples": "?", "seqlen": "?", "layout": "?"} | calibration,
         "dataset": dataset,
-        "tools": compressed["tools"] | adapter["tools"],
+        "tools": made[first]["tools"] | compressed["tools"] | adapter["tools"],
         "scores": list(_scores(source, bare)),
     }
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import ORIGINAL, Config, Variant, variants
+from eora.config import ORIGINAL, Config, Variant, integers, variants
 from eora.shapes import Block, Layer, Shapes
 from eora.stages import Place, asked
 
@@ -174,10 +174,16 @@ class Costs:
         plain = model.parameters - sum(layer.parameters for layer in model.layers)
         return self._packed(compression, model.layers) + plain * model.bytes
 
+    def _stored(self, compression: str) -> Config:
+        """The entry that says how a compression's weights are stored."""
+        return integers(self.config["compressions"], compression)
+
     def _compress(self, model: Shapes, compression: str) -> Cost:
         entry = self.config["compressions"][compression]
         if entry["method"] == "existing":
             return self._take(model)
+        if entry["method"] == "rescale":
+            return self._rescale(model, compression)
         if entry["method"] != "autoround":
             return self._one_shot(model, entry)
         return self._autoround(model, compression)
@@ -192,6 +198,34 @@ class Costs:
             Term("a layer's weights in float32", 3 * layer.parameters * 4),
         )
         return Cost((), (comparing,), 0.0, {"disk": 2 * model.stored})
+
+    def _rescale(self, model: Shapes, compression: str) -> Cost:
+        """Scales of a compressed model, fitted layer by layer in turn with an adapter."""
+        entry, stored = self.config["compressions"][compression], self._stored(compression)
+        rank, rounds = entry["rank"], entry["rounds"]
+        block = model.largest
+        models = (
+            Term("the block's weights", block.parameters * model.bytes),
+            Term("the same, compressed", self._packed(stored, block.layers)),
+        )
+        phases: list[Phase] = []
+        for layer in block.layers:
+            held = Term("the layer's weights and integers", 2 * layer.rows * layer.columns * 4)
+            phases.append((*models, *_dequantizing(layer)))
+            phases.append((*models, held, *_refitting(layer, _groups(stored, layer))))
+            phases.append((*models, held, *_fitting(layer, layer.rank(rank), True)))
+        widest = max(layer.columns for layer in block.layers)
+        packed = Term("a second moment, packed", widest * (widest + 1) / 2 * 4)
+        device, host = self._memory("decompose", *phases)
+        host = tuple((*phase, packed) for phase in host)
+        work = {"single": 0.0, "double": 0.0, "memory": 0.0}
+        for layer in model.layers:
+            fit = _fit_work(layer, layer.rank(rank), True)
+            for kind, amount in (*fit.items(), *_refit_work(layer, _groups(stored, layer)).items()):
+                work[kind] = work.get(kind, 0) + rounds * amount * layer.copies
+        made = self._compressed(model, stored)
+        moments = sum(_moments(some) for some in model.blocks)
+        return Cost(device, host, made, {**work, "disk": model.stored + 3 * made + moments})
 
     def _one_shot(self, model: Shapes, entry: Config) -> Cost:
         """llm-compressor's GPTQ, SparseGPT and Wanda: each layer of a block has a matrix of its
@@ -353,7 +387,7 @@ class Costs:
         self, model: Shapes, compression: str, adapter: str, shard: str, shards: str
     ) -> Cost:
         entry = self.config["adapters"][adapter]
-        settings = self.config["compressions"][compression]
+        settings = self._stored(compression)
         whole = entry["method"] == "eora"
         mine = model.share(int(shard), int(shards))
         block = max(mine, key=lambda block: _moments(block), default=model.largest)
@@ -435,7 +469,7 @@ class Costs:
         factors = sum(_factors(block, int(rank)) for block in model.blocks)
         values = sum(layer.rows * layer.active for layer in model.largest.layers)
         largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
-        packed = self._packed(self.config["compressions"][compression], model.layers)
+        packed = self._packed(self._stored(compression), model.layers)
         loaded = Term("the model, dequantized", model.parameters * model.bytes)
         tuning = (
             loaded,
@@ -482,7 +516,7 @@ class Costs:
             length = QUESTION_TOKENS
             tokens, at_once = entry.get("limit", QUESTIONS) * length, batch
         dense = variant.compression is None or not self.cuda
-        compression = self.config["compressions"].get(variant.compression, {})
+        compression = {} if variant.compression is None else self._stored(variant.compression)
         loaded = model.stored if dense else self._compressed(model, compression)
         setting = f"tasks.{task}.batch_size" if "batch_size" in entry else "runtime.batch_size"
         largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
@@ -585,6 +619,35 @@ def _fitting(layer: Layer, rank: int, whole: bool) -> Phase:
     root = Term("its Cholesky factor", columns**2 * (8 + 4) * whole)
     products = Term("products", columns**2 * 4 * 2 + rows * rank * 8 * 3)
     return error, moment, root, products, eigen
+
+
+def _groups(compression: Config, layer: Layer) -> int:
+    """Groups that share a scale in a row of a layer; of an existing checkpoint, as many as common
+    ones have."""
+    size = compression["group_size"]
+    return math.ceil(layer.columns / size) if size > 0 else 1
+
+
+def _refitting(layer: Layer, groups: int) -> Phase:
+    """What fitting a layer's scales holds, beside its weights; see :mod:`eora.rescaling`."""
+    rows, columns = layer.rows, layer.columns
+    return (
+        Term("its input's second moment, and a piece of it", columns**2 * 4 * 1.25),
+        Term("its Cholesky factor", columns**2 * 8 * (rows > columns)),
+        Term("the layer's error, and it times the moment", 3 * rows * columns * 4),
+        Term("rows' systems", min(rows * groups**2 * 24, 0.8 * GB)),
+        Term("integers times the moment", min(rows, 0.5 * GB / (16 * groups**2)) * columns * 8),
+    )
+
+
+def _refit_work(layer: Layer, groups: int) -> dict[str, float]:
+    """Operations of fitting a layer's scales once, by kind."""
+    rows, columns = layer.rows, layer.columns
+    return {
+        "single": 3 * rows * columns**2,  # the error times C; integers times half of it
+        "memory": rows * columns * groups * 8,
+        "double": rows * groups**3 / 3,
+    }
 
 
 def _fit_work(layer: Layer, rank: int, whole: bool) -> dict[str, float]:

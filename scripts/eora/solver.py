@@ -165,12 +165,15 @@ class Metric:
         root[self.channels == 0] = 0  # never seen
         return root
 
+    def times(self, left: Tensor) -> Tensor:
+        """left (n, in) @ C / unit."""
+        if self.method == "eora":
+            return _times_symmetric(left, self.moment) / self.unit
+        return left * (self.channels / self.unit).to(left.dtype)
 
-def _cross(a: Tensor, metric: Metric) -> Tensor:
-    """a C / unit (rank, in)."""
-    if metric.method == "eora":
-        return _times_symmetric(a, metric.moment) / metric.unit
-    return a * (metric.channels / metric.unit).to(a.dtype)
+    def objective(self, error: Tensor) -> float:
+        """tr(error C error^T), the output error that an error (out, in) of the weight makes."""
+        return (self.times(error) * error).sum(dtype=torch.float64).item() * self.unit
 
 
 def _outer(error: Tensor, metric: Metric) -> Tensor:
@@ -255,6 +258,6 @@ def decompose(error: Tensor, metric: Metric, max_rank: int) -> Factors:
         lora_A=lora_a,
         lora_B=u * balance,
         residual=residual,
-        cross=_cross(lora_a, metric),
+        cross=metric.times(lora_a),
         channels=(metric.channels / metric.unit).to(a.dtype),
     )

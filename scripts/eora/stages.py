@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, origin, pick, settings, shares, variants
+from eora.config import Config, Variant, integers, origin, pick, settings, shares, variants
 
 Params = dict[str, Any]
 
@@ -210,7 +210,9 @@ def report_params(config: Config) -> Params:
         "tasks": list(config["tasks"]),
         "metrics": {task: entry.get("metric") for task, entry in config["tasks"].items()},
         "compressions": {
-            name: settings(entry) | pick(entry, ("calibration",))
+            name: pick(settings(integers(config["compressions"], name)), ("bits", "group_size"))
+            | settings(entry)
+            | pick(entry, ("calibration",))
             for name, entry in config["compressions"].items()
         },
         **{key: config[key] for key in ("adapters", "calibrations")},
@@ -253,6 +255,18 @@ def _calibrated(config: Config, model: str, calibration: str) -> Iterator[Place]
     yield place("tokenize", model=model, calibration=calibration)
 
 
+def parts(config: Config) -> list[dict[str, int]]:
+    """The wildcards of each shard of a model."""
+    number = config["covariance"]["shards"]
+    return [{"shard": shard, "shards": number} for shard in range(number)]
+
+
+def _moments(config: Config, model: str, calibration: str) -> Iterator[Place]:
+    yield from _calibrated(config, model, calibration)
+    for part in parts(config):
+        yield place("covariance", model=model, calibration=calibration, **part)
+
+
 def rounded_around(config: Config, model: str, compression: str) -> Variant:
     """The compensated model whose adapter a compression is rounded around."""
     around = config["compressions"][compression]["around"]
@@ -266,21 +280,20 @@ def _behind(config: Config, variant: Variant) -> Iterator[Place]:
     if compression is None:
         return
     entry = config["compressions"][compression]
-    if "calibration" in entry:
-        yield from _calibrated(config, model, entry["calibration"])
-    else:
+    if "checkpoint" in entry:
         yield place("download_checkpoint", model=model, compression=compression)
+    elif entry["method"] == "rescale":
+        yield from _behind(config, Variant(model, entry["compression"]))
+        yield from _moments(config, model, entry["calibration"])
+    else:
+        yield from _calibrated(config, model, entry["calibration"])
     if "around" in entry:
         yield from _behind(config, rounded_around(config, model, compression))
     yield place("compress", model=model, compression=compression)
     if adapter is None:
         return
-    calibration = config["adapters"][adapter]["calibration"]
-    yield from _calibrated(config, model, calibration)
-    shards = config["covariance"]["shards"]
-    for shard in range(shards):
-        part = {"shard": shard, "shards": shards}
-        yield place("covariance", model=model, calibration=calibration, **part)
+    yield from _moments(config, model, config["adapters"][adapter]["calibration"])
+    for part in parts(config):
         yield place("decompose", model=model, compression=compression, adapter=adapter, **part)
     made = {"model": model, "compression": compression, "adapter": adapter, "rank": variant.rank}
     yield place("adapter", **made)

@@ -140,6 +140,17 @@ class BlockStream:
         """Full name of block ``index``, for example ``model.layers.7``."""
         return f"{self.prefix}.{index}"
 
+    def stored(self, name: str) -> tuple[Path, str]:
+        """The file that holds a tensor of the model, and its name there.
+
+        Raises:
+            Mistake: it is stored as a part of a larger one.
+        """
+        stored = self._stored[name]
+        if stored.part:
+            raise Mistake(f"{self._folder}: {name} is stored as a part of {stored.name}")
+        return self._files[stored.name], stored.name
+
     def _tensor(self, name: str) -> Tensor:
         """A tensor as the files hold it; its pages are read as they are looked at."""
         stored = self._stored[name]

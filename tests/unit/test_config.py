@@ -44,6 +44,7 @@ AGAIN = {"bits": 2, "calibration": "c", "around": AROUND}
 TUNED = {
     "calibration": "c", "ranks": [4], "bits": [16], "tune": {"calibration": "c", "steps": 5}
 }  # fmt: skip
+RESCALED = {"method": "rescale", "compression": "w2", "calibration": "c", "rank": 4}
 EXISTING = {"method": "existing", "model": "m", "checkpoint": {"hub": "o/q", "revision": "main"}}
 
 
@@ -196,7 +197,47 @@ MISTAKES = {
     "around itself": (
         "compressions.w2.around",
         AROUND,
-        "w2 is made around itself; name one made before it",
+        "w2 is made from itself; name one made before it",
+    ),
+    "scales of itself": (
+        "compressions.w2",
+        RESCALED,
+        "w2 is made from itself; name one made before it",
+    ),
+    "scales of a ring": (
+        "compressions",
+        {"w2": RESCALED | {"compression": "w3"}, "w3": RESCALED},
+        "w2 is made from itself; name one made before it",
+    ),
+    "scales of nothing": (
+        "compressions.w2",
+        {key: value for key, value in RESCALED.items() if key != "compression"},
+        "missing; it is needed: what rescale fits the scales of",
+    ),
+    "scales of an unknown compression": (
+        "compressions.again",
+        RESCALED | {"compression": "w3"},
+        "compressions has no entry 'w3'; known: w2, again",
+    ),
+    "scales of what was pruned": (
+        "compressions",
+        {"w2": {"method": "wanda", "calibration": "c"}, "again": RESCALED},
+        "w2 is not rounded, so it has no scales; name one with bits",
+    ),
+    "scales beside no rank": (
+        "compressions.again",
+        {key: value for key, value in RESCALED.items() if key != "rank"},
+        "missing; it is needed: the rank of the adapter that rescale fits scales beside",
+    ),
+    "bits of new scales": (
+        "compressions.again",
+        RESCALED | {"bits": 2},
+        "goes with autoround, gptq, sparsegpt, wanda, not with rescale; remove it",
+    ),
+    "rank of AutoRound": (
+        "compressions.w2.rank",
+        4,
+        "goes with rescale, not with autoround; remove it",
     ),
     "around a checkpoint": (
         "compressions",
@@ -285,6 +326,13 @@ NAMED = {
     "around an unknown adapter": "compressions.again.around.adapter",
     "around a rank above max_rank": "compressions.again.around.rank",
     "around itself": "compressions.w2.around.compression",
+    "scales of itself": "compressions.w2.compression",
+    "scales of a ring": "compressions.w2.compression",
+    "scales of nothing": "compressions.w2.compression",
+    "scales of an unknown compression": "compressions.again.compression",
+    "scales of what was pruned": "compressions.again.compression",
+    "scales beside no rank": "compressions.again.rank",
+    "bits of new scales": "compressions.again.bits",
     "around a checkpoint": "compressions.again.around.compression",
     "gptq around an adapter": "compressions.again.around",
     "tuned in few bits": "adapters.f.tune",
@@ -296,7 +344,7 @@ NAMED = {
     "no such path": "models.m.path",
     "no such home": "models.m.path",
 }
-MORE = {"bad digest"}  # what else is wrong with these has a case of its own
+MORE = {"bad digest", "scales of a ring"}  # what else is wrong with these has a case of its own
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -606,6 +654,7 @@ def test_defaults_are_filled_in_at_every_level():
         "alg_ext": False,
         "keep": [],
         "seed": 42,
+        "rounds": 2,
     }
     assert filled["adapters"]["e"] == {
         "calibration": "c",
@@ -870,6 +919,18 @@ JOBS = {
         "tune_adapter": 3,
         "evaluate": 1 + 1 + 5,
     },
+    "smollm2-rescaled": {
+        "download_model": 1,
+        "download_dataset": 2,
+        "check_model": 1,
+        "tokenize": 2,
+        "compress": 3,
+        "covariance": 1,
+        "decompose": 3,
+        "adapter": 3 * 2,
+        "quantize_adapter": 3 * 2,
+        "evaluate": 1 + 1 + 3 * 2 * 2,  # beside an adapter they are not judged without one
+    },
     "smollm2-around": {
         "download_model": 1,
         "download_dataset": 2,
@@ -1004,3 +1065,52 @@ def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():
     assert [cfg.bare(config["compressions"], name) for name in ("w2", "again", "twice")] == [
         "w2"
     ] * 3
+
+
+# --- scales fitted anew ---
+
+
+def test_new_scales_come_after_the_compression_and_the_moments():
+    """They are judged with adapters alone, and what these win back is counted from the compression
+    that they began with."""
+    config = cfg.validate(
+        changed(
+            ("compressions.once", RESCALED),
+            ("compressions.twice", RESCALED | {"compression": "once", "rank": 8, "rounds": 3}),
+            ("adapters.e.ranks", [8]),
+        ),
+        SCHEMA,
+    )
+    assert [v.name for v in cfg.variants(config)] == [
+        *("original", "w2", "w2+e-r8-4bit", "once+e-r8-4bit", "twice+e-r8-4bit")
+    ]
+    asked = [place.folder for place in stages.asked(config)]
+    order = ["covariance/m/c/0-of-1", "compressed/m/once", "compressed/m/twice"]
+    assert [folder for folder in asked if folder in order] == order
+    assert asked.index("compressed/m/w2") < asked.index("compressed/m/once")
+    made = config["compressions"]
+    assert [cfg.bare(made, name) for name in made] == ["w2"] * 3
+    assert [cfg.integers(made, name)["bits"] for name in made] == [2, 2, 2]
+    told = stages.report_params(config)["compressions"]["twice"]
+    assert told["bits"] == 2 and told["group_size"] == 128 and told["rank"] == 8
+    assert cfg.asked_ranks(config) == {
+        "adapters.e.ranks": [8],
+        "compressions.once.rank": [4],
+        "compressions.twice.rank": [8],
+    }
+
+
+def test_new_scales_of_a_checkpoint_belong_to_its_model():
+    config = cfg.validate(
+        changed(
+            ("models.other", {"hub": "owner/other", "revision": "main"}),
+            ("compressions.w4", EXISTING),
+            ("compressions.s", RESCALED | {"compression": "w4"}),
+        ),
+        SCHEMA,
+    )
+    models = {v.model for v in cfg.variants(config) if v.compression == "s"}
+    assert models == {"m"}
+    around = AGAIN | {"around": AROUND | {"compression": "s"}}
+    config["compressions"]["again"] = around
+    assert "s is an existing checkpoint, which belongs to one model" in complaints(config)[0]

@@ -11,8 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from conftest import ROOT, make_model, make_packed
-from eora import architectures, existing, loading, lowrank, manifest, streaming
+from conftest import ROOT, failures, make_model, make_packed
+from eora import (
+    architectures,
+    block_files,
+    covariance,
+    existing,
+    loading,
+    lowrank,
+    manifest,
+    solver,
+    streaming,
+)
 from eora.errors import Mistake
 
 ROUNDED = {"bits": 4, "group_size": 32, "sym": True, "keep": []}
@@ -156,6 +166,88 @@ def test_a_model_is_rounded_around_an_adapter(pipeline, tmp_path):
             error = (found - (weight - b @ a)).norm() / weight.norm()
             assert error < 0.02
             assert (found - weight).norm() / weight.norm() > 3 * error  # so B A tells
+
+
+@pytest.mark.parametrize("base", ["w2", "w4"])
+def test_scales_are_fitted_anew_in_both_formats(pipeline, tmp_path, base):
+    """AutoRound's own and compressed-tensors': integers and all else stay, and less error is left.
+
+    Moments come in shards, as many as the pipeline has.
+    """
+    results = pipeline.results
+    model, compressed = results / "models/tiny", results / f"compressed/tiny/{base}"
+    moments = sorted((results / "covariance/tiny/moments").iterdir())
+    assert len(moments) == 2
+    params = {"method": "rescale", "compression": base, "rank": 4, "rounds": 2, "version": 1}
+    command = [sys.executable, ROOT / "scripts/compress.py", "--params", json.dumps(params)]
+    command += ["--model", model, "--compressed", compressed, "--out", tmp_path]
+    command += ["--device", "cpu", *(part for shard in moments for part in ("--moments", shard))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    made = manifest.load(tmp_path)
+    assert {"compressed", "moments_0", "moments_1", "model"} == made["inputs"].keys()
+    told = made["notes"]["output_error"]
+    assert len(told) == 3 and all(0 < share < 1 for share in told.values())
+
+    (old,) = (load_file(file) for file in (compressed / "model").glob("*.safetensors"))
+    (new,) = (load_file(file) for file in (tmp_path / "model").glob("*.safetensors"))
+    others = {name for name in old if not torch.equal(old[name], new[name])}
+    assert others == {name for name in old if name.endswith(("scales", "weight_scale"))}
+    assert len(others) == 3 * 7
+    whole, _ = loading.load(tmp_path / "model")
+    original, before, after = (
+        streaming.BlockStream(folder / "model", "cpu") for folder in (model, compressed, tmp_path)
+    )
+    for index in range(3):
+        inputs = covariance.Moments(
+            next(
+                s / "moments" / name
+                for s in moments
+                for name in [block_files.name(index)]
+                if (s / "moments" / name).exists()
+            )
+        )
+        with original.block(index) as w, before.block(index) as v, after.block(index) as u:
+            for name, layer in architectures.linear_layers(w).items():
+                metric = solver.Metric(inputs.lower(inputs.shared[name]), "eora")
+                left = []
+                for rounded in (v, u):
+                    weight = architectures.dense_weight(rounded.get_submodule(name)).float()
+                    error = architectures.dense_weight(layer).float() - weight
+                    left.append(solver.decompose(error, metric, 4).residual[4].item())
+                assert left[1] < left[0], name
+                loaded = whole.get_submodule(f"model.layers.{index}.{name}").weight.float()
+                torch.testing.assert_close(weight, loaded, rtol=1e-2, atol=1e-3)
+
+
+def test_the_workflow_fits_scales_anew(clone):
+    """In second moments of all shards; one job, as all that it is made from is there."""
+    rescaled = {"method": "rescale", "compression": "w2", "calibration": "moments", "rank": 4}
+    clone.config["compressions"]["again"] = rescaled | {"rounds": 1}
+    done = clone.snakemake("results/compressed/tiny/again/manifest.json")
+    assert done.returncode == 0, failures(done.stdout, clone.folder)
+    assert re.findall(r"^Job \d+: (.*)$", done.stdout, re.MULTILINE) == [
+        "Compressing tiny to again"
+    ]
+    made = manifest.load(clone.results / "compressed/tiny/again")
+    assert made["inputs"].keys() == {"model", "compressed", "moments_0", "moments_1"}
+    for shard in range(2):
+        folder = clone.results / f"covariance/tiny/moments/{shard}-of-2"
+        assert made["inputs"][f"moments_{shard}"] == manifest.digest(folder)
+
+
+def test_what_has_no_scales_is_refused(pipeline, tmp_path):
+    """A plain checkpoint in a compressed one's place, as one that was pruned alone is."""
+    results = pipeline.results
+    params = {"method": "rescale", "compression": "p", "rank": 4, "rounds": 1, "version": 1}
+    command = [sys.executable, ROOT / "scripts/compress.py", "--params", json.dumps(params)]
+    command += ["--model", results / "models/tiny", "--compressed", results / "models/tiny"]
+    for shard in (results / "covariance/tiny/moments").iterdir():
+        command += ["--moments", shard]
+    command += ["--out", tmp_path, "--device", "cpu"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "it has no rounded layer, so no scales; name a compression to few bits" in done.stdout
 
 
 SMALL = {

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -256,6 +257,24 @@ def test_a_card_names_the_checkpoint_that_somebody_made(pipeline):
     assert "| its compression | method existing, checkpoint packed |" in export.card(
         export.facts(source)
     )
+
+
+def test_a_card_tells_of_scales_that_were_fitted_anew(pipeline, tmp_path):
+    """And of what they were fitted to, and that it is of no use without an adapter."""
+    for stage in ("compressed", "adapters"):
+        shutil.copytree(pipeline.results / stage / "tiny/w4", tmp_path / stage / "tiny/again")
+    for folder in ("compressed/tiny/w4", "checkpoints", "models", "evaluations"):
+        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder).symlink_to(pipeline.results / folder)
+    made = tmp_path / "compressed/tiny/again/manifest.json"
+    told = json.loads(made.read_text())
+    source = export.Source.of(tmp_path / "adapters/tiny/again/eora/r8-16bit")
+    told["params"] |= {"method": "rescale", "compression": "w4", "rank": 8}
+    made.write_text(json.dumps(told))
+    card = export.card(export.facts(source))
+    assert "as compressed by packed" in card
+    assert "| method existing, checkpoint packed, then scales fitted anew |" in card
+    assert "**without one they are of no use.**" in card and "(w4)" in card
 
 
 def test_a_merged_checkpoint_is_plain_and_computes_the_same(pipeline, tmp_path):

@@ -47,13 +47,13 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
     yield job("compress", **names)
     if "checkpoint" in config["compressions"][names["compression"]]:
         yield job("download_checkpoint", **names)
-    around = config["compressions"][names["compression"]].get("around")
-    if around:  # it is made from an adapter, and not judged without one
+    entry = config["compressions"][names["compression"]]
+    if around := entry.get("around"):  # it is made from an adapter, and not judged without one
         inner = {key: around[key] for key in ("compression", "adapter", "rank")}
         yield job("adapter", model=names["model"], **inner)
         if around["bits"] != 16:
             yield job("quantize_adapter", model=names["model"], **inner, bits=around["bits"])
-    else:
+    elif entry.get("method") != "rescale":  # nor are scales that were fitted beside one
         yield from (job("evaluate", **names, task=task) for task in config["tasks"])
     shards = config.get("covariance", {}).get("shards", 1)
     for adapter, entry in config["adapters"].items():
@@ -251,6 +251,7 @@ class Row:
 
 INNER = {"bits": 2, "group_size": 32, "iters": 1, "calibration": "rounding"}
 AROUND = {"compression": "inner", "adapter": "eora", "rank": 4, "bits": 3}
+RESCALED = {"method": "rescale", "compression": "inner", "calibration": "moments", "rank": 4}
 TABLE = {
     "results": Row(edit(("results", "elsewhere")), [some()]),
     "models.*.hub": Row(edit(("models/twin/hub", "tiny/other")), OF_TWIN),
@@ -317,6 +318,15 @@ TABLE = {
         )
         for key in AROUND
     },
+    "compressions.*.compression": Row(
+        edit(("compressions/inner", INNER), ("compressions/w2", RESCALED)), OF_W2
+    ),
+    "compressions.*.rank": Row(
+        edit(("compressions/inner", INNER), ("compressions/w2", RESCALED | {"rank": 5})), OF_W2
+    ),
+    "compressions.*.rounds": Row(
+        edit(("compressions/inner", INNER), ("compressions/w2", RESCALED | {"rounds": 3})), OF_W2
+    ),
     "adapters.*.calibration": Row(edit(("adapters/eora/calibration", "rounding")), FITTED),
     "adapters.*.ranks": Row(edit(("adapters/eora/ranks", [4, 8, 12])), NOTHING, why=""),
     "adapters.*.max_rank": Row(edit(("adapters/eora/max_rank", 24)), FITTED),

@@ -7,6 +7,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,8 +187,12 @@ def tracked_and_files(folders):
 
 
 def options(input, *keys):
-    """A script's arguments for those of these inputs that a job has."""
-    return [part for key in keys if key in input.keys() for part in (f"--{key}", input[key])]
+    """A script's arguments for those of these inputs that a job has; of several of a kind, numbered
+    (moments_0), for each."""
+    found = [
+        (key, name) for key in keys for name in input.keys() if re.fullmatch(rf"{key}(_\d+)?", name)
+    ]
+    return [part for key, name in found for part in (f"--{key}", input[name])]
 
 
 # --- tokenize.smk ---
@@ -208,11 +213,19 @@ def datasets_of(wc):
 
 def compress_inputs(wc):
     """What a model is compressed by: calibration samples, and the adapter that it is rounded
-    around if there is one; or the existing checkpoint."""
+    around if there is one; or the existing checkpoint; or a compression and second moments to fit
+    its scales in."""
     entry = config["compressions"][wc.compression]
     folders = {}
     if "checkpoint" in entry:
         folders["checkpoint"] = (f"checkpoints/{wc.model}/{wc.compression}", "model")
+    elif entry["method"] == "rescale":
+        folders["compressed"] = (f"compressed/{wc.model}/{entry['compression']}", "model")
+        for part in stages.parts(config):
+            moments = stages.place(
+                "covariance", model=wc.model, calibration=entry["calibration"], **part
+            )
+            folders[f"moments_{part['shard']}"] = (moments.folder, "moments")
     else:
         tokens = f"tokens/{wc.model}/{entry['calibration']}"
         folders["tokens"] = (tokens, "tokens.safetensors")

@@ -1,5 +1,5 @@
 # A model and its calibration samples -> the model in few bits or with few weights; or a checkpoint
-# that somebody compressed, looked at and taken over.
+# that somebody compressed, looked at and taken over; or a compressed one with new scales.
 # Out: compressed/{model}/{compression}/model
 
 
@@ -30,7 +30,9 @@ rule compress:
         script=script("compress"),
         spec=spec("compress"),
         store=kept(),
-        given=lambda wc, input: options(input, "checkpoint", "tokens", "adapter"),
+        given=lambda wc, input: options(
+            input, "checkpoint", "tokens", "adapter", "compressed", "moments"
+        ),
     message:
         "Compressing {wildcards.model} to {wildcards.compression}"
     shell:
