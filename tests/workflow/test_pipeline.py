@@ -261,11 +261,11 @@ def test_a_card_names_the_checkpoint_that_somebody_made(pipeline):
 
 def test_a_card_tells_of_scales_that_were_fitted_anew(pipeline, tmp_path):
     """And of what they were fitted to, and that it is of no use without an adapter."""
-    for stage in ("compressed", "adapters"):
+    for stage in ("compressed", "decompositions", "adapters"):
         shutil.copytree(pipeline.results / stage / "tiny/w4", tmp_path / stage / "tiny/again")
-    for folder in ("compressed/tiny/w4", "checkpoints", "models", "evaluations"):
-        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder).symlink_to(pipeline.results / folder)
+    (tmp_path / "compressed/tiny/w4").symlink_to(pipeline.results / "compressed/tiny/w4")
+    for stage in ("models", "checkpoints", "datasets", "tokens", "covariance", "evaluations"):
+        (tmp_path / stage).symlink_to(pipeline.results / stage)
     made = tmp_path / "compressed/tiny/again/manifest.json"
     told = json.loads(made.read_text())
     source = export.Source.of(tmp_path / "adapters/tiny/again/eora/r8-16bit")
