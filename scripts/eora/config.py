@@ -335,11 +335,12 @@ def settings(entry: Config) -> Config:
 
 
 def integers(compressions: Mapping[str, Config], name: str) -> Config:
-    """The entry of the compression that a compression has its integers of: itself, but where it is
-    one with new scales."""
-    while compressions[name]["method"] == "rescale":
-        name = compressions[name]["compression"]
-    return compressions[name]
+    """The entry of the compression that a compression has its integers of, as far as it is known:
+    itself, but where it is one with new scales."""
+    entry = compressions[name]
+    while entry["method"] == "rescale" and entry["compression"] in compressions:
+        entry = compressions[entry["compression"]]
+    return entry
 
 
 def applies(compressions: Mapping[str, Config], name: str, model: str) -> bool:

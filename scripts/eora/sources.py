@@ -330,8 +330,9 @@ def fetch_config(source: dict[str, Any], out: Path) -> None:
 
 def _unreachable(source: dict[str, Any], error: Exception) -> Mistake:
     return Mistake(
-        f"models.<name>.hub: {source['hub']} at revision {source['revision']} cannot be "
-        f"fetched; check both, your network, and your login where access is asked for: {error}"
+        f"models.<name>.hub, or compressions.<name>.checkpoint.hub: {source['hub']} at revision "
+        f"{source['revision']} cannot be fetched; check both, your network, and your login where "
+        f"access is asked for: {error}"
     )
 
 

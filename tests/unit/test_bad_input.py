@@ -409,7 +409,8 @@ def test_a_hub_that_cannot_be_reached(tmp_path, capfd):
     source = {"hub": "owner/name", "revision": "main"}
     args = ("download_model",)
     message = refused(capfd, tmp_path / "out", *args, params={"source": source, "version": 1})
-    assert "models.<name>.hub: owner/name at revision main cannot be fetched; check" in message
+    assert "models.<name>.hub, or compressions.<name>.checkpoint.hub: " in message
+    assert "owner/name at revision main cannot be fetched; check" in message
 
 
 def test_a_hub_data_set_that_cannot_be_reached(tmp_path, capfd, monkeypatch):
