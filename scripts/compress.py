@@ -1,6 +1,7 @@
 """Compress a model: by AutoRound, GPTQ, SparseGPT or Wanda, or as somebody else did; or fit the
 scales of a compressed one anew."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,12 +155,13 @@ def _rescale(
         BlockStream(stage / "model", device, trust_remote_code=spec.trust_remote_code)
         for stage in (model, compressed)
     )
-    patch = rescaling.Patch(rounded, compressed / "model", out)
+    hidden = shutil.ignore_patterns(".*")  # such as Snakemake's time stamps
+    shutil.copytree(compressed / "model", out, ignore=hidden, copy_function=shutil.copyfile)
     return rescaling.rescale(
         original,
         rounded,
         lambda index: files[block_files.name(index)],
-        patch.write,
+        out,
         spec.rank,
         spec.rounds,
         lambda blocks: tqdm(blocks, desc="blocks", unit="block"),

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 from transformers.pytorch_utils import Conv1D
 
 from eora import block_files, covariance, factor_files, solver
 from eora.architectures import dense_weight, linear_layers
 from eora.streaming import BlockStream
+
+
+def metrics(
+    inputs: covariance.Moments, device: torch.device, method: solver.Method
+) -> Callable[[str], solver.Metric]:
+    """Local name of a layer -> what its errors are measured by, on the device.
+
+    The last is kept: layers that read the same input follow each other and share it.
+    """
+
+    @lru_cache(maxsize=1)
+    def of_input(name: str) -> solver.Metric:
+        return solver.Metric(inputs.lower(name).to(device), method)
+
+    return lambda layer: of_input(inputs.shared[layer])
 
 
 def decompose_block(
@@ -29,17 +47,14 @@ def decompose_block(
         out: folder for the factors' block file.
     """
     inputs = covariance.Moments(moments / block_files.name(index))
+    metric = metrics(inputs, original.device, method)
     found: dict[str, solver.Factors] = {}
-    leader, metric = "", None  # layers that read the same input follow each other and share it
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)
         layers = linear_layers(exact)
         transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
         for name, layer in layers.items():
             error = dense_weight(layer).float() - dense_weight(approximate[name]).float()
-            if inputs.shared[name] != leader:
-                leader = inputs.shared[name]
-                metric = solver.Metric(inputs.lower(leader).to(error.device), method)
-            fitted = solver.decompose(error, metric, max_rank)
+            fitted = solver.decompose(error, metric(name), max_rank)
             found[f"{original.name(index)}.{name}"] = fitted.cpu()
     factor_files.save(out / block_files.name(index), found, transposed)

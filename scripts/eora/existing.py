@@ -157,6 +157,7 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
 
 
 def take(folder: Path, out: Path) -> None:
-    """Put the checkpoint's files into the folder ``out``, which is made."""
-    for file in sorted(folder.iterdir()):
+    """Put the checkpoint's files into the folder ``out``, which is made; not hidden ones, such as
+    Snakemake's time stamps."""
+    for file in sorted(folder.glob("[!.]*")):
         sources.link(file, out / file.name)

@@ -9,19 +9,16 @@ byte is added.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eora import covariance
+from eora import covariance, decomposition
 from eora.architectures import dense_weight, linear_layers
 from eora.errors import Mistake
-from eora.manifest import safetensors_header
 from eora.solver import Metric, decompose
 from eora.streaming import BlockStream
 
@@ -32,7 +29,6 @@ RIDGE = 1e-3
 SYSTEMS = 1 << 29
 # Names that the formats give to a layer's scales: AutoRound's and GPTQ's, compressed-tensors'.
 _TRANSPOSED, _UPRIGHT = "scales", "weight_scale"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _systems(codes: Tensor, lower: Tensor) -> Tensor:
@@ -167,11 +163,22 @@ def rescale_layer(
     return scales, metric.objective(error) / before if before else 1.0
 
 
+def _write_over(stream: BlockStream, copy: Path, name: str, values: Tensor) -> None:
+    """Write a tensor of a streamed model over in a copy of its folder, in its stored shape and
+    dtype."""
+    path, where = stream.place(name)
+    data = values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    assert len(data) == where.stop - where.start
+    with (copy / path.name).open("r+b") as file:
+        file.seek(where.start)
+        file.write(data)
+
+
 def rescale(
     original: BlockStream,
     compressed: BlockStream,
     moments: Callable[[int], Path],
-    write: Callable[[str, Tensor], None],
+    copy: Path,
     rank: int,
     rounds: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -181,7 +188,7 @@ def rescale(
     Args:
         original, compressed: the two models.
         moments: index of a block -> the file of its second moments.
-        write: called with (name of the scales' tensor in the model, its new values).
+        copy: a copy of the compressed model's folder, whose scales are written over.
         rank, rounds: see :func:`rescale_layer`.
         progress: wraps the block indices, for a progress bar.
 
@@ -194,7 +201,8 @@ def rescale(
     left: dict[str, float] = {}
     for index in progress(range(len(original))):
         inputs = covariance.Moments(moments(index))
-        leader, metric, shares = "", None, []
+        metric = decomposition.metrics(inputs, original.device, "eora")
+        shares = []
         with original.block(index) as exact, compressed.block(index) as approximate:
             layers = linear_layers(approximate)
             for local, layer in linear_layers(exact).items():
@@ -208,13 +216,12 @@ def rescale(
                     ) from None
                 if found is None:
                     continue
-                if inputs.shared[local] != leader:
-                    leader = inputs.shared[local]
-                    metric = Metric(inputs.lower(leader).to(found.codes.device), "eora")
                 weight = dense_weight(layer).float()
-                scales, share = rescale_layer(weight, found, metric, rank, rounds)
+                scales, share = rescale_layer(weight, found, metric(local), rank, rounds)
                 shares.append(share)
-                write(f"{name}.{found.stored}", scales.T if found.transposed else scales)
+                old = getattr(layers[local], found.stored)
+                new = (scales.T if found.transposed else scales).reshape(old.shape).to(old.dtype)
+                _write_over(compressed, copy, f"{name}.{found.stored}", new)
         if shares:
             left[original.name(index)] = sum(shares) / len(shares)
     if not left:
@@ -223,38 +230,3 @@ def rescale(
             "name a compression to few bits"
         )
     return left
-
-
-class Patch:
-    """A copy of a model folder, some of whose tensors are written over, each in its place.
-
-    Args:
-        stream: the model in the folder.
-        folder: what is copied.
-        out: the folder to make.
-    """
-
-    def __init__(self, stream: BlockStream, folder: Path, out: Path):
-        shutil.copytree(folder, out, copy_function=shutil.copyfile)
-        self._stream, self._out = stream, out
-        self._headers: dict[Path, dict[str, Any]] = {}
-
-    def write(self, name: str, values: Tensor) -> None:
-        """Write one tensor over, in its stored shape and dtype.
-
-        Args:
-            name: in the model.
-            values: of as many elements, on any device.
-        """
-        path, stored = self._stream.stored(name)
-        file = self._out / path.name
-        if file not in self._headers:
-            self._headers[file] = safetensors_header(file)
-        entry = self._headers[file][stored]
-        tensor = values.reshape(entry["shape"]).to(_DTYPES[entry["dtype"]])
-        start, end = entry["data_offsets"]
-        data = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        assert len(data) == end - start
-        with file.open("r+b") as opened:
-            opened.seek(start)
-            opened.write(data)

@@ -140,8 +140,14 @@ class BlockStream:
         """Full name of block ``index``, for example ``model.layers.7``."""
         return f"{self.prefix}.{index}"
 
-    def stored(self, name: str) -> tuple[Path, str]:
-        """The file that holds a tensor of the model, and its name there.
+    def _header(self, path: Path) -> dict[str, Any]:
+        """A file's header, see :func:`safetensors_header`; read once."""
+        if path not in self._headers:
+            self._headers[path] = safetensors_header(path)
+        return self._headers[path]
+
+    def place(self, name: str) -> tuple[Path, slice]:
+        """The file that holds a tensor of the model, and its bytes there.
 
         Raises:
             Mistake: it is stored as a part of a larger one.
@@ -149,7 +155,8 @@ class BlockStream:
         stored = self._stored[name]
         if stored.part:
             raise Mistake(f"{self._folder}: {name} is stored as a part of {stored.name}")
-        return self._files[stored.name], stored.name
+        path = self._files[stored.name]
+        return path, slice(*self._header(path)[stored.name]["data_offsets"])
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor as the files hold it; its pages are read as they are looked at."""
@@ -177,11 +184,9 @@ class BlockStream:
         mine = f"{self.name(index)}."
         names = {stored.name for name, stored in self._stored.items() if name.startswith(mine)}
         for path in {self._files[name] for name in names}:
-            if path not in self._headers:
-                self._headers[path] = safetensors_header(path)
-            found = names & self._headers[path].keys()
+            header = self._header(path)
             with path.open("rb") as file:
-                for start, end in (self._headers[path][name]["data_offsets"] for name in found):
+                for start, end in (header[name]["data_offsets"] for name in names & header.keys()):
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def _materialise(self, name: str, module: nn.Module, skip: tuple[str, ...] = ()) -> None:

@@ -186,6 +186,7 @@ def test_scales_are_fitted_anew_in_both_formats(pipeline, tmp_path, base):
     assert done.returncode == 0, done.stdout[-3000:]
     made = manifest.load(tmp_path)
     assert {"compressed", "moments_0", "moments_1", "model"} == made["inputs"].keys()
+    assert made["outputs"].keys() == manifest.load(compressed)["outputs"].keys()
     told = made["notes"]["output_error"]
     assert len(told) == 3 and all(0 < share < 1 for share in told.values())
 
@@ -198,15 +199,9 @@ def test_scales_are_fitted_anew_in_both_formats(pipeline, tmp_path, base):
     original, before, after = (
         streaming.BlockStream(folder / "model", "cpu") for folder in (model, compressed, tmp_path)
     )
+    files = {file.name: file for s in moments for file in block_files.listed(s / "moments")}
     for index in range(3):
-        inputs = covariance.Moments(
-            next(
-                s / "moments" / name
-                for s in moments
-                for name in [block_files.name(index)]
-                if (s / "moments" / name).exists()
-            )
-        )
+        inputs = covariance.Moments(files[block_files.name(index)])
         with original.block(index) as w, before.block(index) as v, after.block(index) as u:
             for name, layer in architectures.linear_layers(w).items():
                 metric = solver.Metric(inputs.lower(inputs.shared[name]), "eora")
@@ -280,6 +275,7 @@ def test_a_checkpoint_is_taken_over_as_it_is(pipeline):
     made = pipeline.results / "compressed/tiny/w4"
     for file in (pipeline.folder / "sources/packed").glob("*.safetensors"):
         assert (made / "model" / file.name).read_bytes() == file.read_bytes()
+    assert not [name for name in manifest.load(made)["outputs"] if "/." in name]
     errors = manifest.load(made)["notes"]["weight_error"]
     assert len(errors) == 3 and all(0.02 < error < 0.2 for error in errors.values())
 
