@@ -32,11 +32,12 @@ os.environ["SLURM_CONF"] = os.devnull
 
 
 class Scheduling(LoadScopeScheduling):
-    """A free worker takes a whole file of unit tests, and of all others, which take longer, one."""
+    """A free worker takes a whole file of unit tests, the one of those on SLURM, which share what
+    they start, and of all others, which take longer, one test."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if "unit/" in file else nodeid
+        return file if "unit/" in file or "slurm/" in file else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
@@ -279,13 +280,18 @@ def clone(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
     return replace(pipeline, folder=folder, config=copy.deepcopy(pipeline.config))
 
 
+def smaller(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with one entry of each kind."""
+    config = copy.deepcopy(config)
+    del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
+    config["adapters"]["eora"] |= {"ranks": [8], "bits": [4]}
+    return config
+
+
 @pytest.fixture
 def small(clone: Pipeline) -> Pipeline:
-    """The same with one entry of each kind, where much is computed anew."""
-    del clone.config["models"]["twin"], clone.config["compressions"]["w4"]
-    del clone.config["tasks"]["choice"]
-    clone.config["adapters"]["eora"] |= {"ranks": [8], "bits": [4]}
-    return clone
+    """The same with a smaller config, where much is computed anew."""
+    return replace(clone, config=smaller(clone.config))
 
 
 def contents(clone: Pipeline) -> dict[str, str]:

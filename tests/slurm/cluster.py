@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "setpriv")
+# Debian's daemons are where a user's PATH may not lead.
+PATH = f"{os.environ['PATH']}:/usr/sbin"
 # The executor takes variables that name another folder (SLURM_CONF) from its jobs.
 ETC = Path("/etc/slurm")
 FILES = ("slurm.conf", "gres.conf")
@@ -77,7 +81,7 @@ def unavailable() -> str | None:
     """Why no SLURM can be started here, None if it can."""
     if os.geteuid() != 0:
         return "SLURM's daemons want root"
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
         return f"{', '.join(missing)} not installed; `make test-slurm` installs them on Debian"
     for name in FILES:
@@ -136,7 +140,8 @@ class Cluster:
 
     def spawn(self, *command: str) -> subprocess.Popen[bytes]:
         """Start a daemon in the foreground: ours to stop, and it ends if the tests are killed."""
-        bound = ("setpriv", "--pdeathsig", "TERM", *command)
+        program = shutil.which(command[0], path=PATH)
+        bound = ("setpriv", "--pdeathsig", "TERM", program, *command[1:])
         with (self.folder / f"{command[0]}.out").open("ab") as log:
             return subprocess.Popen(bound, stdout=log, stderr=log, start_new_session=True)
 
@@ -182,9 +187,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     ETC.mkdir(exist_ok=True)
-    os.environ.pop("SLURM_CONF", None)
     texts = (CONF, GRES)
-    with ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.delenv("SLURM_CONF", raising=False)
         for name, text in zip(FILES, texts, strict=True):
             filled = text.format(
                 folder=folder, host=made.host, controller_port=free_port(), node_port=free_port()

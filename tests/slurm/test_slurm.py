@@ -1,6 +1,5 @@
 """The workflow on a real SLURM, through the shipped profile: what SLURM's own records say."""
 
-import copy
 import csv
 import math
 import os
@@ -11,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +18,7 @@ import cluster
 import pytest
 from cluster import live, run, until
 
-from conftest import ROOT, Pipeline, failures
+from conftest import ROOT, Pipeline, copy_whole, failures, smaller
 from eora import config as cfg
 from eora import manifest, plan, shapes, stages
 
@@ -74,13 +73,12 @@ class Going:
 
 
 @pytest.fixture(scope="module")
-def local(unrun, tmp_path_factory) -> Pipeline:
-    """A smaller config, one of each kind, that ran on this machine without SLURM."""
-    config = copy.deepcopy(unrun.config)
-    del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
-    config["adapters"]["eora"]["ranks"] = [8]
-    made = Pipeline(tmp_path_factory.mktemp("local"), config, unrun.env)
-    done = made.snakemake()
+def local(pipeline, tmp_path_factory) -> Pipeline:
+    """What ran on this machine without SLURM, with a smaller config, one of each kind."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    copy_whole(pipeline.folder, folder)
+    made = replace(pipeline, folder=folder, config=smaller(pipeline.config))
+    done = made.snakemake()  # the report
     assert done.returncode == 0, failures(done.stdout, made.folder)
     return made
 
