@@ -34,8 +34,10 @@ OURS = "# Written by eoraflow's tests, which remove it.\n"
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:a100:4 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={host} MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes={host} MaxTime=INFINITE State=UP
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 SlurmUser=root
@@ -70,10 +72,10 @@ MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 """
 GRES = """\
-Name=gpu File=/dev/null
-Name=gpu File=/dev/zero
-Name=gpu File=/dev/full
-Name=gpu File=/dev/random
+Name=gpu Type=a100 File=/dev/null
+Name=gpu Type=a100 File=/dev/zero
+Name=gpu Type=a100 File=/dev/full
+Name=gpu Type=a100 File=/dev/random
 """
 
 

@@ -31,12 +31,14 @@ JUDGED = "evaluations/tiny/original/text"
 class OnSlurm(Pipeline):
     """The workflow as a user of the shipped profile runs it."""
 
+    profile = ROOT / "profiles/slurm"
+
     def command(self, file: Path, *args: str) -> list[str | Path]:
         command = ["snakemake", "--snakefile", self.root / "Snakefile", "--configfile", file]
         # Jobs take some ten seconds here, not hours. Each look that finds none ended makes the
         # pause to the next one ten seconds longer.
         watch = ["--slurm-init-seconds-before-status-checks", "5"]
-        return [*command, "--profile", self.root / "profiles/slurm", *watch, *args]
+        return [*command, "--profile", self.profile, *watch, *args]
 
     @contextmanager
     def going(self, *args: str) -> Iterator["Going"]:
@@ -218,6 +220,49 @@ def test_snakemake_is_killed_and_its_jobs_live_on(slurm, again, local):
     assert again.snakemake(*targets).returncode == 0
     assert [state for state, _, _ in history(slurm, again, "decompose")] == ["COMPLETED"] * 2
     for folder in SHARDS:
+        assert sealed(folder, again.results) == sealed(folder, local.results)
+
+
+def uncommented(text, *replaced):
+    """The shipped profile with the lines in force that only a cluster's own people know."""
+    common, ours, as_default = re.split("(?m)^# --- .*$", text)
+    ours = re.sub(r"(?m)^# (?=\s*(#|[\w-]+:))", "", ours)
+    for old, new in replaced:
+        assert old in ours
+        ours = ours.replace(old, new)
+    return common + ours + as_default
+
+
+def test_what_only_a_cluster_knows(slurm, again, local, tmp_path):
+    """Each of the profile's commented keys: partitions, account, QOS, kind of card, --gres, a
+    command before each job, and options of sbatch."""
+    tokens, decomposition = "tokens/tiny/rounding", SHARDS[0]
+    again.profile = tmp_path / "profile"
+    again.profile.mkdir()
+    text = uncommented(
+        (ROOT / "profiles/slurm/config.yaml").read_text(),
+        ("decompose:  {gpu_model: a100}", 'decompose: {gpu: 0, gres: "gpu:a100:1"}'),
+        ("module load cuda/13", f"echo loaded >> {tmp_path}/loaded"),
+        ("--exclude=node13", "--nice=7"),
+    )
+    (again.profile / "config.yaml").write_text(text)
+    with again.going(*forget(again, tokens, decomposition, JUDGED)) as snakemake:
+        snakemake.end()
+    jobs = {rule(job): job for job in slurm.jobs(again.folder)}
+    told = {
+        name: tuple(
+            job.get(key, "").strip()
+            for key in ("Partition", "Account", "QOS", "TresPerJob", "TresPerNode", "Nice")
+        )
+        for name, job in jobs.items()
+    }
+    assert told == {
+        "tokenize": ("cpu", "my-project", "normal", "", "", "0"),
+        "decompose": ("gpu", "my-project", "normal", "", "gres:gpu:a100:1", "0"),
+        "evaluate": ("gpu", "my-project", "normal", "gres:gpu:a100:1", "", "7"),
+    }
+    assert (tmp_path / "loaded").read_text().split() == ["loaded"] * 3
+    for folder in (tokens, decomposition, JUDGED):
         assert sealed(folder, again.results) == sealed(folder, local.results)
 
 
