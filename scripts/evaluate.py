@@ -70,7 +70,7 @@ def main(
     if result.restored():
         return
     where = cli.device(device)
-    from eora import evaluation, loading, memory, nltk_data, text
+    from eora import evaluation, loading, memory, nltk_data, tasks, text
 
     notes: dict = {}
     with result.publish(notes) as folder:
@@ -99,7 +99,7 @@ def main(
                 if "nltk" in told
                 else nullcontext()
             ):
-                loaded = evaluation.load_task(spec.name, told["folder"], data, examples)
+                loaded = tasks.load(spec.name, told["folder"], data, examples)
             judged = evaluation.harness(
                 network,
                 tokenizer,

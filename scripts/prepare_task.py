@@ -23,19 +23,19 @@ def main(params: Annotated[str, cli.Params], out: Annotated[Path, cli.Out]) -> N
     spec = cli.parse(params, Params)
     cli.task_cache(out)
     cli.setup(network=True)
-    from eora import evaluation, nltk_data
+    from eora import nltk_data, tasks
 
     result = Result(out, stage="prepare_task", params=vars(spec), tools=("lm_eval", "datasets"))
     with result.publish() as folder:
         # Imports its code, which may fetch things.
         with nltk_data.kept(cli.nltk_folder(out), network=True) as asked:
-            where = evaluation.locate_task(spec.lm_eval)
+            where = tasks.locate(spec.lm_eval)
         task = {"lm_eval": spec.lm_eval, "folder": where, "data": {}}
         task |= {"nltk": sorted(set(asked))} if asked else {}
         if spec.download:
-            loaded = evaluation.load_task(spec.lm_eval, where)
+            loaded = tasks.load(spec.lm_eval, where)
             task["data"] = {
-                name: {split: evaluation.content(rows) for split, rows in leaf.dataset.items()}
+                name: {split: tasks.content(rows) for split, rows in leaf.dataset.items()}
                 for name, leaf in loaded["tasks"].items()
             }
         (folder / "task.json").write_text(json.dumps(task, indent=1, sort_keys=True) + "\n")

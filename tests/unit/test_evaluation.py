@@ -7,8 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from eora import evaluation, loading
-from eora.errors import Mistake
+from eora import evaluation, loading, tasks
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -50,21 +49,6 @@ def test_the_usual_metric_is_the_primary_one():
     assert evaluation.primary({"exact_match,strict-match": {}}) == "exact_match,strict-match"
 
 
-def test_content_tells_data_apart():
-    rows = [{"a": 1, "b": ["x"]}, {"a": 2, "b": []}]
-    assert evaluation.content(rows) == evaluation.content([dict(r) for r in rows])
-    assert evaluation.content(rows) != evaluation.content(rows[:1])
-
-
-def test_a_tag_is_refused():
-    with pytest.raises(Mistake, match="tag"):
-        evaluation.locate_task("ai2_arc")
-
-
-def test_a_group_is_looked_for_everywhere():
-    assert evaluation.locate_task("mmlu") == "."
-
-
 @pytest.mark.parametrize("shots", [0, 2])
 def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path, shots):
     """Runs lm-eval itself on our own questions; gsm8k would draw five examples by itself."""
@@ -76,7 +60,7 @@ def test_examples_come_from_the_fewshot_data_or_not_at_all(tiny_model, tmp_path,
         Dataset.from_list(questions).save_to_disk(tmp_path / name)
         data[name] = tmp_path / name
     fewshot = data["train"] if shots else None
-    task = evaluation.load_task("gsm8k", "gsm8k", data["test"], fewshot)["tasks"]["gsm8k"]
+    task = tasks.load("gsm8k", "gsm8k", data["test"], fewshot)["tasks"]["gsm8k"]
     assert task.config.num_fewshot == (5 if shots else 0)  # the task's own number, or none
     model, tokenizer = loading.load(tiny_model)
     judged = evaluation.harness(
