@@ -153,7 +153,21 @@ def tiny_config(sources: Path, wheel: dict[str, str]) -> dict[str, Any]:
             },
         },
         "adapters": {
-            "eora": {"calibration": "moments", "ranks": [4, 8], "max_rank": 16, "bits": [16, 4]}
+            "eora": {
+                "calibration": "moments",
+                "ranks": [4, 8],
+                "compressions": ["w2"],
+                "max_rank": 16,
+                "bits": [16, 4],
+            },
+            "svd": {
+                "calibration": "moments",
+                "ranks": [8],
+                "compressions": ["w4"],
+                "max_rank": 16,
+                "bits": [16],
+                "method": "svd",
+            },
         },
         "tasks": {
             "choice": {
@@ -284,6 +298,7 @@ def smaller(config: dict[str, Any]) -> dict[str, Any]:
     """A config with one entry of each kind."""
     config = copy.deepcopy(config)
     del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
+    del config["adapters"]["svd"]
     config["adapters"]["eora"] |= {"ranks": [8], "bits": [4]}
     return config
 

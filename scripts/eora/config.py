@@ -348,6 +348,13 @@ def applies(compressions: Mapping[str, Config], name: str, model: str) -> bool:
     return integers(compressions, name).get("model", model) == model
 
 
+def beside(config: Config, compression: str) -> Iterator[str]:
+    """The adapters that are fitted to a compression."""
+    for name, entry in config["adapters"].items():
+        if compression in entry.get("compressions", (compression,)):
+            yield name
+
+
 def _compression_mistakes(
     where: str, entry: Config, config: Config, known: dict[str, Any]
 ) -> Iterator[str]:
@@ -489,9 +496,16 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
         if name == ORIGINAL:
             yield f"{where}: the name is taken by the uncompressed model; choose another"
         yield from _compression_mistakes(where, entry, config, known)
+        if needs_adapter(entry) and not any(beside(config, name)):
+            yield (
+                f"{where}: no adapter is fitted to it, and it is of no use without one; add it to "
+                "adapters.<name>.compressions, or remove that key"
+            )
     for name, entry in config["adapters"].items():
         where = f"adapters.{name}"
         yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
+        for compression in entry.get("compressions", ()):
+            yield from _reference(f"{where}.compressions", compression, "compressions", config)
         for rank in entry["ranks"]:
             if rank > entry["max_rank"]:
                 yield (
@@ -528,10 +542,19 @@ def validate(config: Config, schema: dict[str, Any]) -> Config:
     return config
 
 
-def asked_ranks(config: Config) -> dict[str, list[int]]:
-    """Key of the config -> the ranks that it asks for, to be judged or to round around."""
-    found = {f"adapters.{name}.ranks": entry["ranks"] for name, entry in config["adapters"].items()}
-    for name, entry in config["compressions"].items():
+def _of_model(config: Config, model: str) -> tuple[dict[str, Config], dict[str, Config]]:
+    """The compressions that are made of a model, and the adapters that go beside them."""
+    every = config["compressions"]
+    made = {name: entry for name, entry in every.items() if applies(every, name, model)}
+    fitted = {adapter for name in made for adapter in beside(config, name)}
+    return made, {name: entry for name, entry in config["adapters"].items() if name in fitted}
+
+
+def asked_ranks(config: Config, model: str) -> dict[str, list[int]]:
+    """Key of the config -> the ranks that it asks for of a model, to judge or to round around."""
+    compressions, adapters = _of_model(config, model)
+    found = {f"adapters.{name}.ranks": entry["ranks"] for name, entry in adapters.items()}
+    for name, entry in compressions.items():
         if "around" in entry:
             found[f"compressions.{name}.around.rank"] = [entry["around"]["rank"]]
         if entry["method"] == "rescale":
@@ -541,12 +564,11 @@ def asked_ranks(config: Config) -> dict[str, list[int]]:
 
 def plain_alone(config: Config, model: str) -> list[str]:
     """Keys that ask for what works on plain linear layers alone, of those that apply to a model."""
-    every = config["compressions"]
-    made = {name: entry for name, entry in every.items() if applies(every, name, model)}
+    made, fitted = _of_model(config, model)
     return [
         *(f"compressions.{name}.method" for name, e in made.items() if e["method"] in ONE_SHOT),
         *(f"compressions.{name}.around" for name, e in made.items() if "around" in e),
-        *(f"adapters.{name}.tune" for name, e in config["adapters"].items() if "tune" in e),
+        *(f"adapters.{name}.tune" for name, e in fitted.items() if "tune" in e),
     ]
 
 
@@ -652,7 +674,7 @@ class Variant:
 
 
 def variants(config: Config) -> list[Variant]:
-    """All variants that the config names: each model x compression x adapter x rank x bits.
+    """All variants that the config names: each model x compression x its adapters x rank x bits.
 
     A compression made around an adapter is not judged without one: it is of no use then.
     """
@@ -664,12 +686,13 @@ def variants(config: Config) -> list[Variant]:
                 continue
             if not needs_adapter(made):
                 found.append(Variant(model, compression))
-            found += [
-                Variant(model, compression, adapter, rank, bits, "tune" in entry)
-                for adapter, entry in config["adapters"].items()
-                for rank in entry["ranks"]
-                for bits in entry["bits"]
-            ]
+            for adapter in beside(config, compression):
+                entry = config["adapters"][adapter]
+                found += [
+                    Variant(model, compression, adapter, rank, bits, "tune" in entry)
+                    for rank in entry["ranks"]
+                    for bits in entry["bits"]
+                ]
     return found
 
 

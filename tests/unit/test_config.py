@@ -1057,7 +1057,7 @@ def test_a_compression_around_an_adapter_is_judged_with_adapters_alone():
         entry = entry | {"around": entry["around"] | {key: other}}
         edited = config | {"compressions": config["compressions"] | {"twice": entry}}
         assert stages.params(edited, "compress", names) != before, key
-    assert cfg.asked_ranks(config) == {
+    assert cfg.asked_ranks(config, "m") == {
         "adapters.e.ranks": [8],
         "compressions.again.around.rank": [4],
         "compressions.twice.around.rank": [4],
@@ -1093,7 +1093,7 @@ def test_new_scales_come_after_the_compression_and_the_moments():
     assert [cfg.integers(made, name)["bits"] for name in made] == [2, 2, 2]
     told = stages.report_params(config)["compressions"]["twice"]
     assert told["bits"] == 2 and told["group_size"] == 128 and told["rank"] == 8
-    assert cfg.asked_ranks(config) == {
+    assert cfg.asked_ranks(config, "m") == {
         "adapters.e.ranks": [8],
         "compressions.once.rank": [4],
         "compressions.twice.rank": [8],
@@ -1114,3 +1114,34 @@ def test_new_scales_of_a_checkpoint_belong_to_its_model():
     around = AGAIN | {"around": AROUND | {"compression": "s"}}
     config["compressions"]["again"] = around
     assert "s is an existing checkpoint, which belongs to one model" in complaints(config)[0]
+
+
+# --- adapters of some compressions ---
+
+
+def test_an_adapter_is_fitted_to_the_compressions_that_it_names():
+    """And its ranks, and what it wants of a model, matter where one of them is made."""
+    config = cfg.validate(
+        changed(
+            ("models.other", {"hub": "owner/other", "revision": "main"}),
+            ("compressions.w4", EXISTING),
+            ("adapters.e.ranks", [8]),
+            ("adapters.f", {"calibration": "c", "ranks": [4], "compressions": ["w4"]}),
+        ),
+        SCHEMA,
+    )
+    assert [(v.model, v.name) for v in cfg.variants(config) if v.adapter == "f"] == [
+        ("m", "w4+f-r4-4bit")
+    ]
+    assert cfg.asked_ranks(config, "other") == {"adapters.e.ranks": [8]}
+    assert cfg.asked_ranks(config, "m") == {"adapters.e.ranks": [8], "adapters.f.ranks": [4]}
+    config["adapters"]["f"] |= {"tune": {"calibration": "c", "steps": 1}}
+    assert cfg.plain_alone(config, "m") == ["adapters.f.tune"]
+    assert cfg.plain_alone(config, "other") == []
+
+
+def test_what_needs_an_adapter_has_one():
+    (line,) = complaints(changed(("compressions.s", RESCALED), ("adapters.e.compressions", ["w2"])))
+    assert line.startswith("compressions.s: no adapter is fitted to it, and it is of no use")
+    (line,) = complaints(changed(("adapters.e.compressions", ["w2", "w5"])))
+    assert line.startswith("adapters.e.compressions: compressions has no entry 'w5'")

@@ -43,6 +43,11 @@ def every_job(config: dict[str, Any]) -> set[Job]:
     return found
 
 
+def shards_of(config: dict[str, Any]) -> list[dict[str, int]]:
+    shards = config.get("covariance", {}).get("shards", 1)
+    return [{"shard": shard, "shards": shards} for shard in range(shards)]
+
+
 def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
     yield job("compress", **names)
     if "checkpoint" in config["compressions"][names["compression"]]:
@@ -53,12 +58,15 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
         yield job("adapter", model=names["model"], **inner)
         if around["bits"] != 16:
             yield job("quantize_adapter", model=names["model"], **inner, bits=around["bits"])
+        fitted = {"model": names["model"], "adapter": around["adapter"]}
+        for part in shards_of(config):
+            yield job("decompose", **fitted, compression=around["compression"], **part)
     elif entry.get("method") != "rescale":  # nor are scales that were fitted beside one
         yield from (job("evaluate", **names, task=task) for task in config["tasks"])
-    shards = config.get("covariance", {}).get("shards", 1)
     for adapter, entry in config["adapters"].items():
-        for shard in range(shards):
-            part = {"shard": shard, "shards": shards}
+        if names["compression"] not in entry.get("compressions", config["compressions"]):
+            continue
+        for part in shards_of(config):
             yield job("covariance", model=names["model"], calibration=entry["calibration"], **part)
             yield job("decompose", **names, adapter=adapter, **part)
         for rank in entry["ranks"]:
@@ -184,7 +192,7 @@ def put(path: str, value: Any, config: dict[str, Any]) -> None:
     *above, last = path.split("/")
     for key in above:
         config = config.setdefault(key, {})
-    config[last] = value
+    config[int(last) if isinstance(config, list) else last] = value
 
 
 def edit(*changes: tuple[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -225,8 +233,9 @@ JUDGED_CHOICE = [some("evaluate", task="choice")]
 JUDGED_TEXT = [some("evaluate", task="text")]
 # What follows from the data that AutoRound sees, and from those that the moments are taken on.
 ROUNDING = [some("tokenize", calibration="rounding"), some(*AFTER_COMPRESS, compression="w2")]
+ALL_FITTED = [some(*AFTER_DECOMPOSE, adapter=".+")]
 MOMENTS = [some("tokenize", calibration="moments"), some("covariance")]
-MOMENTS += [some(*AFTER_DECOMPOSE, adapter=".+")]
+MOMENTS += ALL_FITTED
 OF_MORE = [some("download_dataset", dataset="more"), *MOMENTS]
 OF_SENTENCES = [some("download_dataset", dataset="sentences"), *ROUNDING, *JUDGED_TEXT]
 OF_W2 = [some(*AFTER_COMPRESS, compression="w2")]
@@ -329,6 +338,9 @@ TABLE = {
     ),
     "adapters.*.calibration": Row(edit(("adapters/eora/calibration", "rounding")), FITTED),
     "adapters.*.ranks": Row(edit(("adapters/eora/ranks", [4, 8, 12])), NOTHING, why=""),
+    "adapters.*.compressions": Row(
+        edit(("adapters/eora/compressions", ["w4", "w2"])), NOTHING, why=""
+    ),
     "adapters.*.max_rank": Row(edit(("adapters/eora/max_rank", 24)), FITTED),
     "adapters.*.bits": Row(edit(("adapters/eora/bits", [16, 4, 3])), NOTHING, why=""),
     "adapters.*.group_size": Row(
@@ -360,17 +372,17 @@ TABLE = {
     "tasks.*.metric": Row(edit(("tasks/choice/metric", "acc")), NOTHING, report=True, why=""),
     "covariance.shards": Row(
         edit(("covariance/shards", 3)),
-        [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
+        [some("adapter", "quantize_adapter"), some("evaluate", adapter=".+")],
         why="",
     ),
     "covariance.tf32": Row(
         edit(("covariance/tf32", True)),
-        [some("covariance"), *FITTED],
+        [some("covariance"), *ALL_FITTED],
         why=r"covariance\.tf32: false -> true",
     ),
     "covariance.expert_tokens": Row(
         edit(("covariance/expert_tokens", 100)),
-        [some("covariance"), *FITTED],
+        [some("covariance"), *ALL_FITTED],
         why=r"covariance\.expert_tokens: 512 -> 100",
     ),
     "runtime.device": Row(edit(("runtime/device", "auto")), NOTHING),
@@ -426,7 +438,7 @@ def tuned(pipeline, tmp_path):
     copy_whole(pipeline.folder, folder)
     config = copy.deepcopy(pipeline.config)
     del config["models"]["twin"], config["compressions"]["w4"], config["tasks"]["choice"]
-    config["datasets"].pop("questions")
+    del config["datasets"]["questions"], config["adapters"]["svd"]
     tune = {"calibration": "rounding", "steps": 2, "batch_size": 2}
     config["adapters"]["eora"] |= {"ranks": [8], "bits": [16], "tune": tune}
     flow = replace(pipeline, folder=folder, config=config)
@@ -528,8 +540,8 @@ CHANGES = {
     "an adapter more, on the same moments": Row(
         edit(
             (
-                "adapters/svd",
-                {"calibration": "moments", "ranks": [4], "bits": [16], "method": "svd"},
+                "adapters/diagonal",
+                {"calibration": "moments", "ranks": [4], "bits": [16], "method": "diagonal"},
             )
         ),
         NOTHING,
@@ -542,13 +554,20 @@ CHANGES = {
         ROUNDING + JUDGED_TEXT,
     ),
     "a calibration is renamed": Row(
-        rename("calibrations", "moments", "m", "adapters/eora/calibration"), FITTED
+        rename(
+            "calibrations", "moments", "m", "adapters/eora/calibration", "adapters/svd/calibration"
+        ),
+        ALL_FITTED,
     ),
-    "a compression is renamed": Row(rename("compressions", "w2", "two"), NOTHING),
+    "a compression is renamed": Row(
+        rename("compressions", "w2", "two", "adapters/eora/compressions/0"), NOTHING
+    ),
     "an adapter is renamed": Row(rename("adapters", "eora", "e"), NOTHING),
     "a task is renamed": Row(rename("tasks", "text", "t"), NOTHING),
     "a model less": Row(drop("models", "twin"), NOTHING),
-    "a compression less": Row(drop("compressions", "w4"), NOTHING),
+    "a compression less": Row(
+        lambda config: (config["compressions"].pop("w4"), config["adapters"].pop("svd")), NOTHING
+    ),
     "a task less": Row(drop("tasks", "text"), NOTHING),
     "a rank less": Row(edit(("adapters/eora/ranks", [8])), NOTHING),
     "bits less": Row(edit(("adapters/eora/bits", [16])), NOTHING),
@@ -578,9 +597,9 @@ VERSIONS = {
     "prepare_task": [some("prepare_task"), *JUDGED_CHOICE],
     "tokenize": [*ROUNDING, *MOMENTS],
     "compress": [some(*AFTER_COMPRESS, compression=".+")],
-    "covariance": [some("covariance"), *FITTED],
-    "decompose": FITTED,
-    "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter="eora")],
+    "covariance": [some("covariance"), *ALL_FITTED],
+    "decompose": ALL_FITTED,
+    "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter=".+")],
     "quantize_adapter": [some("quantize_adapter"), some("evaluate", bits="4")],
     "evaluate": [some("evaluate")],
     "report": [],
@@ -657,7 +676,7 @@ LOST = {
     # The hidden states that the last shard starts from are gone: the first makes them again.
     "covariance/tiny/moments/1-of-2": [
         some("covariance", model="tiny"),
-        some(*AFTER_DECOMPOSE, model="tiny", adapter="eora"),
+        some(*AFTER_DECOMPOSE, model="tiny", adapter=".+"),
     ],
     "decompositions/tiny/w2/eora/0-of-2": [
         some("decompose", model="tiny", compression="w2", shard="0"),

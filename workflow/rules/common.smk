@@ -32,7 +32,7 @@ try:
     for _model, _entry in config["models"].items():
         _known = cfg.known_weights(_entry, Path(config["results"], "models", _model, mf.NAME))
         if _known is not None:
-            cfg.check_ranks(_known, _model, cfg.asked_ranks(config))
+            cfg.check_ranks(_known, _model, cfg.asked_ranks(config, _model))
 except cfg.Mistake as error:
     # The message is for the person who edits the file: no traceback, no line of this one.
     _files = ", ".join(map(str, workflow.configfiles)) or "The config"

@@ -24,7 +24,7 @@ rule check_model:
         runtime=15,
     params:
         script=script("check_model"),
-        ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config)),
+        ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config, wc.model)),
         trust=lambda wc, input: trust_option(config["models"][wc.model]),
         plain=lambda wc, input: plain_option(wc.model),
     message:
