@@ -2,7 +2,7 @@
 #   PYTHON  interpreter that .venv is made with (3.11 to 3.13)
 #   LOCK    lock file that .venv is filled from: envs/cpu.txt or envs/cuda.txt
 #   ARGS    more arguments for snakemake (`make run`), pytest (`make test`) or the target's script
-#   CORES   cores that `make run` may use
+#   CORES   cores that `make run` may use; more than there are slow it down
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,7 +12,7 @@ SHELL := /bin/bash
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.9
-CORES ?= 8
+CORES ?= all
 ARGS ?=
 
 # The first Python that runs (a shim may not), has a supported version and can make a venv.
@@ -48,7 +48,7 @@ env: ## make .venv from the lock if it is missing or the lock changed
 	.venv/bin/python -m pip install --requirement "$(LOCK)"
 	cp "$(LOCK)" .venv/installed.txt
 
-run: env ## run the workflow (ARGS="--configfile my.yaml", CORES=8)
+run: env ## run the workflow (ARGS="--configfile my.yaml", CORES=4)
 	$(IN_ENV) snakemake --cores $(CORES) --resources gpu=1 $(ARGS)
 
 plan: env ## memory, disk and hours before anything runs (ARGS="--config my.yaml --card rtx-4090")

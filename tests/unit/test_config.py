@@ -943,6 +943,18 @@ JOBS = {
         "quantize_adapter": 3 * 2,
         "evaluate": 1 + 2 + 3 * 2 * 2,  # what is made around an adapter is not judged without
     },
+    "smollm2-frontier": {
+        "download_model": 1,
+        "download_dataset": 2,
+        "check_model": 1,
+        "tokenize": 2,
+        "compress": 8,
+        "covariance": 1,
+        "decompose": 4 + 1 + 3,  # one for the adapter that w2-around is rounded around
+        "adapter": 4 * 2 + 1 + 3,
+        "quantize_adapter": 4 * 2 + 1 + 3,
+        "evaluate": 1 + 5 + 4 * 2 + 3,
+    },
     "qwen3-32b-2bit": {
         "download_model": 1,
         "download_dataset": 2,
