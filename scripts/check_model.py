@@ -1,5 +1,5 @@
-"""Refuse a model of an architecture that is not supported, and ranks above the width of one of its
-layers, before work is spent on it."""
+"""Refuse a model of an architecture that is not supported, and ranks, groups and names of layers
+that do not fit it, before work is spent on it."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,13 @@ def main(
     name: Annotated[str, typer.Option(help="The model's name in the config.")],
     model: Annotated[Path, cli.Stage("the model's download stage")],
     ranks: Annotated[str, typer.Option(help="JSON object: key of the config -> list of ranks.")],
+    compressions: Annotated[
+        str,
+        typer.Option(
+            help="JSON object: name of a compression -> group_size (-1: whole rows) and keep (the "
+            "layers that it leaves)."
+        ),
+    ] = "{}",
     plain: Annotated[
         list[str] | None,
         typer.Option(help="Key of the config that wants plain linear layers (several: once each)."),
@@ -27,6 +34,8 @@ def main(
     from eora import layers, streaming
 
     stream = streaming.check(model / "model", trust_remote_code)
+    for compression, settings in json.loads(compressions).items():
+        layers.chosen(stream, **settings, where=f"compressions.{compression}")
     if plain:
         layers.check_plain(stream, *plain)
 

@@ -562,6 +562,16 @@ def asked_ranks(config: Config, model: str) -> dict[str, list[int]]:
     return found
 
 
+def choices(config: Config, model: str) -> dict[str, Config]:
+    """By what the compressions of a model choose its layers: name -> group_size and keep."""
+    made, _ = _of_model(config, model)
+    return {
+        name: {"group_size": entry["group_size"] if "bits" in entry else -1, "keep": entry["keep"]}
+        for name, entry in made.items()
+        if "keep" in METHOD_KEYS[entry["method"]]
+    }
+
+
 def plain_alone(config: Config, model: str) -> list[str]:
     """Keys that ask for what works on plain linear layers alone, of those that apply to a model."""
     made, fitted = _of_model(config, model)

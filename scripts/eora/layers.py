@@ -13,21 +13,21 @@ from eora.errors import Mistake
 from eora.streaming import BlockStream
 
 
-def _kept(keep: list[str], names: dict[str, int]) -> set[str]:
+def _kept(keep: list[str], names: dict[str, int], where: str) -> set[str]:
     """The layers that ``keep`` names.
 
     Raises:
         Mistake: an entry matches no layer, or is no regular expression.
     """
-    from auto_round.utils import to_standard_regex
-
     kept: set[str] = set()
     for part in keep:
+        from auto_round.utils import to_standard_regex
+
         try:
             matched = set(filter(re.compile(to_standard_regex(part)).search, names))
         except ValueError as error:
             raise Mistake(
-                f"compressions.<name>.keep: {part!r} is part of no name, and no regular "
+                f"{where}.keep: {part!r} is part of no name, and no regular "
                 f"expression ({error}); mend or remove it"
             ) from None
         if not matched:
@@ -36,14 +36,16 @@ def _kept(keep: list[str], names: dict[str, int]) -> set[str]:
             words |= {word.rpartition(".")[2] for word in words}
             near = difflib.get_close_matches(part, words, n=3) or sorted(words)
             raise Mistake(
-                f"compressions.<name>.keep: {part!r} matches no layer of the model; "
+                f"{where}.keep: {part!r} matches no layer of the model; "
                 f"mend or remove it. There are {', '.join(near)}"
             )
         kept |= matched
     return kept
 
 
-def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
+def chosen(
+    stream: BlockStream, group_size: int, keep: list[str], where: str = "compressions.<name>"
+) -> list[str]:
     """Full names of the decoder's linear layers that are compressed; no weights are read.
 
     Settings that do not fit are refused here: the libraries pass over a name that matches nothing,
@@ -53,6 +55,7 @@ def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
         stream: the model.
         group_size: weights that share a scale, along a layer's input; -1 is all of them.
         keep: layers left in 16 bits: parts of their names, or regular expressions.
+        where: the compression's entry in the config, for messages.
 
     Raises:
         Mistake: naming the layer, and what would fit.
@@ -60,12 +63,12 @@ def chosen(stream: BlockStream, group_size: int, keep: list[str]) -> list[str]:
     widths = {
         name: dense_weight(layer).shape[1] for name, layer in linear_layers(stream.model).items()
     }
-    kept = _kept(keep, widths)
+    kept = _kept(keep, widths, where)
     taken = [name for name in widths if name.startswith(f"{stream.prefix}.") and name not in kept]
     for name in taken:
         if group_size > 0 and widths[name] % group_size:
             raise Mistake(
-                f"compressions.<name>.group_size: {group_size} does not divide the width of "
+                f"{where}.group_size: {group_size} does not divide the width of "
                 f"{name} ({widths[name]}); take a smaller one, -1 for whole rows, "
                 f"or add {name.rpartition('.')[2]} to keep"
             )

@@ -582,6 +582,11 @@ def test_a_compression_that_does_not_fit_the_model(case, stage, tmp_path, capfd)
     message = refused(capfd, tmp_path / "out", *args, params=COMPRESS | other)
     assert message.startswith("Error: compressions.<name>.")
     assert not [part for part in parts if part not in message], message
+    # And right after the download, naming the entry.
+    chosen = {key: (COMPRESS | other)[key] for key in ("group_size", "keep")}
+    args = ("--name", "m", "--model", stage, "--ranks", "{}")
+    code, told = run(capfd, "check_model", *args, "--compressions", json.dumps({"w2": chosen}))
+    assert code == 1 and message.replace("<name>", "w2") in told
 
 
 QUESTIONS = {"question": ["a?"], "choices": [{"text": ["x", "y"], "label": ["A", "B"]}]}

@@ -1157,3 +1157,19 @@ def test_what_needs_an_adapter_has_one():
     assert line.startswith("compressions.s: no adapter is fitted to it, and it is of no use")
     (line,) = complaints(changed(("adapters.e.compressions", ["w2", "w5"])))
     assert line.startswith("adapters.e.compressions: compressions has no entry 'w5'")
+
+
+def test_what_chooses_a_compressions_layers():
+    config = cfg.validate(
+        changed(
+            ("compressions.w4", EXISTING),
+            ("compressions.g", {"method": "gptq", "bits": 3, "keep": ["q"], "calibration": "c"}),
+            ("compressions.p", {"method": "wanda", "sparsity": "2:4", "calibration": "c"}),
+        ),
+        SCHEMA,
+    )
+    assert cfg.choices(config, "m") == {
+        "w2": {"group_size": 128, "keep": []},
+        "g": {"group_size": 128, "keep": ["q"]},
+        "p": {"group_size": -1, "keep": []},  # it is not rounded
+    }

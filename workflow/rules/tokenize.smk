@@ -7,7 +7,7 @@ localrules:
 
 
 rule check_model:
-    """Refuse what is not supported and ranks that no layer is wide enough for, before any work."""
+    """Refuse what is not supported, and ranks, groups and names that fit no layer, before any work."""
     input:
         model=made("models/{model}"),
         model_files=ancient(f"{RESULTS}/models/{{model}}/model"),
@@ -25,13 +25,15 @@ rule check_model:
     params:
         script=script("check_model"),
         ranks=lambda wc, input: mf.canonical(cfg.asked_ranks(config, wc.model)),
+        compressions=lambda wc, input: mf.canonical(cfg.choices(config, wc.model)),
         trust=lambda wc, input: trust_option(config["models"][wc.model]),
         plain=lambda wc, input: plain_option(wc.model),
     message:
         "Checking model {wildcards.model}"
     shell:
         "python {params.script:q} --name {wildcards.model:q} --model {input.model:q}"
-        " --ranks {params.ranks:q} {params.trust:q} {params.plain:q} 2>&1 | tee {log:q}"
+        " --ranks {params.ranks:q} --compressions {params.compressions:q} {params.trust:q}"
+        " {params.plain:q} 2>&1 | tee {log:q}"
 
 
 rule tokenize:
