@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +25,23 @@ ROOT = Path(lm_eval.tasks.__file__).parent
 def locate(name: str) -> str:
     """The folder of lm-eval's own tasks that defines ``name``, relative to ``lm_eval/tasks``.
 
-    Indexing all of lm-eval's tasks takes seconds; this is done once, and evaluations of a single
-    task index that folder alone. A group may have members anywhere: its folder is the root.
+    Indexing all of lm-eval's tasks takes seconds: only folders that mention the name are, and
+    evaluations of a single task index its folder alone. A group may have members anywhere: its
+    folder is the root.
     The task's code is imported, as some of it fetches what it needs on import.
 
     Raises:
         Mistake: lm-eval knows no such task or group; the message names those like it.
     """
-    manager = TaskManager()
+    mentioned = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)").search
+    files = (file for file in ROOT.rglob("*.yaml") if mentioned(file.read_text(errors="ignore")))
+    folders = {str(ROOT / file.relative_to(ROOT).parts[0]) for file in files}
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False)
     entry = manager.task_index.get(name)
     if entry is not None and entry.kind is Kind.TAG:
         raise Mistake(f"tasks.<name>.lm_eval: {name!r} is a tag; give its tasks an entry each")
     if entry is None or entry.yaml_path is None:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        near = difflib.get_close_matches(name, TaskManager().all_tasks, n=3)
         raise Mistake(
             f"tasks.<name>.lm_eval: lm-eval has no task {name!r}; "
             + (f"did you mean {' or '.join(near)}? " if near else "")

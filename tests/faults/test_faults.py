@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, assert_remade, contents, failures, unsummed
 
 # How many stages are killed; a hundred take an hour: EORAFLOW_KILLS=100 pytest -k killed_stages
-KILLS = int(os.environ.get("EORAFLOW_KILLS", "4"))
+KILLS = int(os.environ.get("EORAFLOW_KILLS", "3"))
 SEED = int(os.environ.get("EORAFLOW_KILLS_SEED", "0"))
 STARTS = 16  # stages that a run from nothing starts at the least
 

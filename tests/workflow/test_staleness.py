@@ -632,7 +632,7 @@ def check_version(pipeline, checkout, stage, again):
     expected = {
         found for found in every_job(pipeline.config) if any(is_one(found) for is_one in again)
     }
-    jobs, reasons = plan(there)
+    jobs, reasons = told_by_status(there, there.write())
     assert jobs == expected | {REPORT}
     assert stage == "report" or f"version of stage {stage}: {version} -> {version + 1}" in reasons
 
@@ -704,7 +704,7 @@ def test_a_lost_result_is_made_again_with_what_follows(pipeline, tmp_path, lost)
         if any(is_one(found) for is_one in LOST[lost])
         and not (lost.startswith("evaluations") and "compression" in dict(found[1]))
     }
-    assert plan(clone)[0] == expected | {REPORT}
+    assert told_by_status(clone, clone.write())[0] == expected | {REPORT}
 
 
 def test_room_can_be_made_by_deleting_what_is_only_a_step(pipeline, tmp_path):
