@@ -37,8 +37,11 @@ def main(
     )
     if result.restored():
         return
+    import torch
     from tqdm import tqdm
 
+    # Row after row, a thousandth of a second each: handing them to threads takes longer than that.
+    torch.set_num_threads(1)
     from eora import adapters, factor_files, packing, rounding
 
     with result.publish() as folder:

@@ -114,6 +114,11 @@ SIZED = (
 )
 
 
+# Of them, those that no GPU helps: they read, slice, and take thousands of small steps, which one
+# thread does faster than several.
+ONE_THREAD = ("download_model", "adapter", "quantize_adapter")
+
+
 class Costs:
     """What each job of a config costs on a kind of machine.
 
@@ -827,7 +832,8 @@ def plan(config: Config, model: str, shapes: Shapes, cards: list[str], cores: in
         estimates = []
         for card in known.values():
             some = gpu if card.memory else plain
-            hours = [card.hours(cost) for cost in some]
+            works = cpu(1) if places[0].stage in ONE_THREAD else card
+            hours = [works.hours(cost) for cost in some]
             fits = all(card.holds(cost) for cost in some)
             estimates.append(Estimate(card.title, sum(hours), max(hours), fits))
         rows.append(

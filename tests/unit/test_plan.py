@@ -282,6 +282,15 @@ def asks(source: dict) -> dict:
     }
 
 
+def test_what_no_gpu_helps_takes_as_long_on_every_card(qwen):
+    schema = cfg.load_schema(ROOT / "workflow/schemas/config.schema.yaml")
+    config = cfg.validate(asks({"path": str(qwen)}), schema)
+    cards = ["a100-80g", "rtx-4090", "cpu"]
+    for row in plan.plan(config, "m", shapes.declared(qwen), cards, 8):
+        alike = len({estimate.longest for estimate in row.cards}) == 1
+        assert alike == row.label.startswith(("download", "adapter", "quantize")), row.label
+
+
 def test_the_plan_names_the_settings_that_make_a_stage_fit(qwen, tmp_path):
     told = command(tmp_path, asks({"path": str(qwen)}), "--card", "rtx-4090")
     lines = " ".join(told.split())

@@ -100,7 +100,6 @@ rule quantize_adapter:
         bits=r"[2348]",
     conda:
         "../../envs/environment.yaml"
-    threads: THREADS
     resources:
         mem_mb=sized("quantize_adapter", "mem_mb"),
         runtime=sized("quantize_adapter", "runtime", least=30),

@@ -124,7 +124,10 @@ def shapes_of(model):
 def predicted(place, gpu):
     """What a job is taken to need: mem_mb, gpu_mem_mb and runtime (minutes)."""
     cost = COSTS[gpu].of(place, KNOWN_SHAPES[dict(place.wildcards)["model"]])
-    cards = plan.CARDS.values() if gpu else [plan.cpu(THREADS)]
+    if place.stage in plan.ONE_THREAD:
+        cards = [plan.cpu(1)]
+    else:
+        cards = plan.CARDS.values() if gpu else [plan.cpu(THREADS)]
     return {
         "mem_mb": plan.total(plan.peak(cost.host)) / 1e6,
         "gpu_mem_mb": plan.total(plan.peak(cost.device)) / 1e6,
