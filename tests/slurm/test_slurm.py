@@ -234,9 +234,8 @@ def uncommented(text, *replaced):
 
 
 def test_what_only_a_cluster_knows(slurm, again, local, tmp_path):
-    """Each of the profile's commented keys: partitions, account, QOS, kind of card, --gres, a
-    command before each job, and options of sbatch."""
-    tokens, decomposition = "tokens/tiny/rounding", SHARDS[0]
+    """Each of the profile's commented keys: partitions, account, kind of card, --gres, a command
+    before each job, and options of sbatch. Of the QOS a SLURM without slurmdbd keeps no record."""
     again.profile = tmp_path / "profile"
     again.profile.mkdir()
     text = uncommented(
@@ -246,23 +245,25 @@ def test_what_only_a_cluster_knows(slurm, again, local, tmp_path):
         ("--exclude=node13", "--nice=7"),
     )
     (again.profile / "config.yaml").write_text(text)
-    with again.going(*forget(again, tokens, decomposition, JUDGED)) as snakemake:
+    made = ("tokens/tiny/rounding", SHARDS[0], JUDGED)
+    with again.going(*forget(again, *made)) as snakemake:
         snakemake.end()
     jobs = {rule(job): job for job in slurm.jobs(again.folder)}
     told = {
         name: tuple(
             job.get(key, "").strip()
-            for key in ("Partition", "Account", "QOS", "TresPerJob", "TresPerNode", "Nice")
+            for key in ("Partition", "Account", "TresPerJob", "TresPerNode", "Nice")
         )
         for name, job in jobs.items()
     }
     assert told == {
-        "tokenize": ("cpu", "my-project", "normal", "", "", "0"),
-        "decompose": ("gpu", "my-project", "normal", "", "gres:gpu:a100:1", "0"),
-        "evaluate": ("gpu", "my-project", "normal", "gres:gpu:a100:1", "", "7"),
+        "tokenize": ("cpu", "my-project", "", "", "7"),
+        "compress": ("gpu", "my-project", "gres:gpu:a100:1", "", "0"),
+        "decompose": ("gpu", "my-project", "", "gres:gpu:a100:1", "0"),
+        "evaluate": ("gpu", "my-project", "gres:gpu:a100:1", "", "0"),
     }
-    assert (tmp_path / "loaded").read_text().split() == ["loaded"] * 3
-    for folder in (tokens, decomposition, JUDGED):
+    assert (tmp_path / "loaded").read_text().split() == ["loaded"] * 4
+    for folder in made:
         assert sealed(folder, again.results) == sealed(folder, local.results)
 
 
