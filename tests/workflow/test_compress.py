@@ -219,6 +219,7 @@ def test_the_workflow_fits_scales_anew(clone):
     """In second moments of all shards; one job, as all that it is made from is there."""
     rescaled = {"method": "rescale", "compression": "w2", "calibration": "moments", "rank": 4}
     clone.config["compressions"]["again"] = rescaled | {"rounds": 1}
+    clone.config["adapters"]["eora"]["compressions"].append("again")  # else it is of no use
     done = clone.snakemake("--", "results/compressed/tiny/again/manifest.json")
     assert done.returncode == 0, failures(done.stdout, clone.folder)
     assert re.findall(r"^Job \d+: (.*)$", done.stdout, re.MULTILINE) == [
