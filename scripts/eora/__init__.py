@@ -41,6 +41,7 @@ can be used by hand:
 
   Use and judgement
     lowrank         the module that puts an adapter beside any (quantized) linear layer
+    formats         how checkpoints store quantized layers, and what reads them
     loading         original, compressed and compensated models, ready to run
     evaluation      lm-eval and perplexity on any of them
     recommendation  the cheapest that is good enough, and which rank to try next

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from eora import sources
 from eora.architectures import dense_weight, experts, linear_layers
 from eora.errors import Mistake
-from eora.loading import COMPRESSED_TENSORS, quantization_format
-from eora.streaming import BlockStream, weight_files
+from eora.formats import COMPRESSED_TENSORS, quantization, quantization_format, read_config
+from eora.streaming import BlockStream
 
 FORMATS = ("auto-round", "gptq", COMPRESSED_TENSORS)
 # Norms and biases are stored in 16 bits on both sides at worst: that far they may differ.
@@ -27,7 +25,7 @@ ROWS = 4096
 
 def _check_format(folder: Path, trust_remote_code: bool) -> str | None:
     """The checkpoint's format; refuse those that cannot be read layer by layer."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     form = quantization_format(config)
     if form is not None and form not in FORMATS:
         raise Mistake(
@@ -35,11 +33,12 @@ def _check_format(folder: Path, trust_remote_code: bool) -> str | None:
             f"name a checkpoint in the format of {', '.join(FORMATS)}"
             + (" (AWQ also rescales what its layers read)" if form == "awq" else "")
         )
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    stored = quantization(config) or {}
     odd = None
     if stored.get("desc_act"):
         odd = "columns in another order (desc_act)"
+    elif form == "gptq" and stored.get("checkpoint_format", "gptq") != "gptq":
+        odd = f"layers in another format of GPTQ ({stored['checkpoint_format']})"
     elif form == COMPRESSED_TENSORS:
         sparse = (stored.get("sparsity_config") or {}).get("format", "dense")
         groups = stored.get("config_groups") or {}
@@ -76,24 +75,19 @@ def _differences(exact: torch.nn.Module, rounded: torch.nn.Module) -> Iterator[t
             yield name, (gap / tensor.float().norm().clamp(min=1e-12)).item()
 
 
-def _outside(original: Path, folder: Path, prefix: str) -> Iterator[tuple[str, float]]:
+def _outside(original: BlockStream, checkpoint: BlockStream) -> Iterator[tuple[str, float]]:
     """Likewise for what lies outside the decoder's blocks: embeddings, last norm and head, where
     the checkpoint holds them plainly and in the same shape."""
-    ours, theirs = weight_files(original), weight_files(folder)
-    for name in sorted(ours.keys() & theirs.keys()):
-        if name.startswith(f"{prefix}."):
+    for name in sorted(original.outside & checkpoint.outside):
+        exact, stored = original.tensor(name), checkpoint.tensor(name)
+        if not exact.ndim or exact.shape != stored.shape:
             continue
-        with safe_open(ours[name], "pt") as exact, safe_open(theirs[name], "pt") as stored:
-            one, other = exact.get_slice(name), stored.get_slice(name)
-            if not one.get_shape() or one.get_shape() != other.get_shape():
-                continue
-            gap = size = 0.0
-            for start in range(0, one.get_shape()[0], ROWS):
-                rows = slice(start, start + ROWS)
-                tensor = one[rows].float()
-                gap += (tensor - other[rows].float()).square().sum().item()
-                size += tensor.square().sum().item()
-            yield name, (gap / max(size, 1e-24)) ** 0.5
+        gap = size = 0.0
+        for one, other in zip(exact.split(ROWS), stored.split(ROWS), strict=True):
+            one = one.float()
+            gap += (one - other.float()).square().sum().item()
+            size += one.square().sum().item()
+        yield name, (gap / max(size, 1e-24)) ** 0.5
 
 
 def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict[str, float]:
@@ -146,7 +140,7 @@ def check(original: Path, folder: Path, trust_remote_code: bool = False) -> dict
                     )
                 lost, total = lost + gap, total + size
             errors[where] = (lost / total) ** 0.5
-    for name, gap in _outside(original, folder, exact_model.prefix):
+    for name, gap in _outside(exact_model, rounded_model):
         if gap > ROUNDING:
             raise Mistake(
                 f"{folder}: {name} is not the original's ({gap:.0%} off): the model was "

@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoRoundConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,28 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from eora.architectures import dense_weight, is_packed, kept_conversions
 from eora.errors import Mistake
+from eora.formats import COMPRESSED_TENSORS, kernel, quantization_format, read_config
 from eora.lowrank import LowRankLinear, attach
-
-COMPRESSED_TENSORS = "compressed-tensors"
-
-
-def quantization_format(config) -> str | None:
-    """What a checkpoint's packed layers are stored in, such as ``gptq``; None: it has none."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method
-    return str(getattr(method, "value", method))
-
-
-def portable_quantization(config) -> AutoRoundConfig | None:
-    """How to load a checkpoint's quantized layers anywhere: AutoRound's plain torch kernel.
-
-    None for formats that bring no kernel to choose: compressed-tensors unpacks its own layers.
-    """
-    if quantization_format(config) in (None, COMPRESSED_TENSORS):
-        return None
-    return AutoRoundConfig(backend="torch")
 
 
 def forget_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +85,7 @@ def load(
         trust_remote_code: run model code that the folder carries.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     stored = quantization_format(config)
     packed = stored is not None
     dense = packed and (device == "cpu" or stored == COMPRESSED_TENSORS)
@@ -116,7 +94,7 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            quantization_config=portable_quantization(config) if dense else None,
+            quantization_config=kernel(config, portable=dense),
             dtype=config.dtype if packed else dtype,
             device_map={"": device},
             trust_remote_code=trust_remote_code,

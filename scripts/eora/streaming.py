@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 from eora import architectures
 from eora.errors import Mistake
+from eora.formats import kernel, quantization, read_config
 from eora.manifest import safetensors_header
 
 INDEX = "model.safetensors.index.json"
@@ -63,12 +64,15 @@ def _give_back() -> None:
 
 
 def compute_dtype(folder: Path, device: str) -> torch.dtype | None:
-    """What to run a plain checkpoint in on a device: None for its own dtype, else float32.
+    """What to run a plain checkpoint in on a device; None leaves its tensors as they are stored.
 
-    On a GPU its own is what is served. CPUs have units for bfloat16 or none at all.
+    On a GPU that is the dtype that its config names, in which it is served: a few tensors, such as
+    norms, may be stored in another. CPUs have units for bfloat16 or none at all: else float32.
     """
     if device != "cpu":
-        return None
+        told = json.loads((folder / "config.json").read_text())
+        named = told.get("dtype") or told.get("torch_dtype")  # the older key
+        return getattr(torch, named) if named else None
     able = torch.cpu.get_capabilities()
     headers = map(safetensors_header, set(weight_files(folder).values()))
     stored = {entry["dtype"] for header in headers for entry in header.values()}
@@ -103,13 +107,13 @@ class BlockStream:
         self._folder, self._files = folder, weight_files(folder)
         self._open: dict[Path, Any] = {}
         self._headers: dict[Path, dict[str, Any]] = {}
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
         architectures.split_experts(self.model)
-        quantized = getattr(config, "quantization_config", None) is not None
+        quantized = quantization(config) is not None
         if quantized:
             self._quantize_skeleton()
         self.model.eval()
@@ -122,15 +126,14 @@ class BlockStream:
 
     def _quantize_skeleton(self) -> None:
         """Swap linear layers for the quantized ones of the checkpoint's format (no weights yet)."""
-        from eora.loading import portable_quantization
-
-        quantization = AutoHfQuantizer.merge_quantization_configs(
-            self.model.config.quantization_config, portable_quantization(self.model.config)
+        config = self.model.config
+        stored = AutoHfQuantizer.merge_quantization_configs(
+            config.quantization_config, kernel(config, portable=True)
         )
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
         quantizer.validate_environment(device_map={"": str(self.device)})
-        self.model.config.quantization_config = quantization
-        with torch.device("meta"), architectures.kept_conversions(self.model.config.model_type):
+        config.quantization_config = stored
+        with torch.device("meta"), architectures.kept_conversions(config.model_type):
             quantizer.preprocess_model(model=self.model)
 
     def __len__(self) -> int:
@@ -158,7 +161,12 @@ class BlockStream:
         path = self._files[stored.name]
         return path, slice(*self._header(path)[stored.name]["data_offsets"])
 
-    def _tensor(self, name: str) -> Tensor:
+    @property
+    def outside(self) -> set[str]:
+        """Names of the stored tensors outside the decoder's blocks."""
+        return {name for name in self._stored if not name.startswith(f"{self.prefix}.")}
+
+    def tensor(self, name: str) -> Tensor:
         """A tensor as the files hold it; its pages are read as they are looked at."""
         stored = self._stored[name]
         path = self._files[stored.name]
@@ -199,7 +207,7 @@ class BlockStream:
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
             if full in self._stored:
-                value = self._cast(self._tensor(full))
+                value = self._cast(self.tensor(full))
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
                     parameter._is_hf_initialized = True  # _init_weights below leaves it alone
@@ -267,7 +275,7 @@ class BlockStream:
         wanted, positions = input_ids.unique(return_inverse=True)
         embedding = self.model.get_submodule(self._embedding)
         table = embedding.weight
-        rows = self._cast(self._tensor(f"{self._embedding}.weight")[wanted])
+        rows = self._cast(self.tensor(f"{self._embedding}.weight")[wanted])
         self._open.clear()
         recorders = [architectures.Recorder(block) for block in self.blocks]
         recorders[-1].last = True

@@ -1,5 +1,6 @@
 """Second moments: a plain sum over real tokens, whatever the batches, shards or padding."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -131,7 +132,12 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_has_units_for_it(
     assert streaming.compute_dtype(tiny_model, "cpu") == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert streaming.compute_dtype(tmp_path, "cpu") == torch.float32
-    assert streaming.compute_dtype(tmp_path, "cuda:1") is None
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert streaming.compute_dtype(tmp_path, "cuda:1") == getattr(torch, told.pop("dtype"))
+    (tmp_path / "config.json").write_text(json.dumps(told | {"torch_dtype": "float16"}))
+    assert streaming.compute_dtype(tmp_path, "cuda") == torch.float16
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert streaming.compute_dtype(tmp_path, "cuda") is None
 
 
 def test_four_moments_a_block_seven_layers(tiny_model, samples, tmp_path):

@@ -90,8 +90,13 @@ def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, c
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
-    config = json.loads((tmp_path / "model/config.json").read_text()).get("quantization_config")
+    told = json.loads((tmp_path / "model/config.json").read_text())
+    config = told.get("quantization_config")
     assert (config and config["quant_method"]) == form
+    if form == "gptq":  # as GPTQModel notes it
+        config |= {"checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+        (tmp_path / "model/config.json").write_text(json.dumps(told))
+        assert existing.check(model / "model", tmp_path / "model")
     tensors = manifest.tensors(manifest.load(tmp_path))
     if form is not None:
         kept = "model.layers.1.mlp.down_proj.weight" in tensors
@@ -325,6 +330,10 @@ def test_a_checkpoint_with_other_embeddings_or_norm_is_refused(pipeline, tmp_pat
 FORMATS = {
     "awq": ({"quant_method": "awq"}, "its weights are stored as awq, which is not read here"),
     "desc_act": ({"quant_method": "gptq", "desc_act": True}, "columns in another order (desc_act)"),
+    "gptq_v2": (
+        {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+        "layers in another format of GPTQ (gptq_v2)",
+    ),
     "sparse": (
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
         "sparse weights of an older compressed-tensors",
