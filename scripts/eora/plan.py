@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import ORIGINAL, Config, Variant, integers, variants
+from eora.config import ONE_SHOT, ORIGINAL, Config, Variant, integers, variants
 from eora.shapes import Block, Layer, Shapes
 from eora.stages import Place, asked
 
@@ -328,7 +328,7 @@ class Costs:
         batch = min(self.config["runtime"]["batch_size"], entry["samples"]) * entry["seqlen"]
         mine = model.share(int(shard), int(shards))
         block = max(mine, key=lambda block: _moments(block), default=model.largest)
-        half = self.cuda or (model.bytes == 2 and _has_bfloat16())
+        half = model.bytes == 2 and (self.cuda or _has_bfloat16())
         width = 2 if half else 4
         widest = max((layer.columns for layer in block.inputs), default=0)
         sums = sum(n.columns**2 * triangle(n.columns) * n.copies for n in block.inputs) * 8
@@ -378,8 +378,9 @@ class Costs:
             host,
             kept,
             {
-                "products": half * (forwarded + attention) + self.cuda * multiplied,
-                "single": (not half) * (forwarded + attention) + (not self.cuda) * multiplied,
+                "products": half * (forwarded + attention + self.cuda * multiplied),
+                "single": (not half) * (forwarded + attention)
+                + (not (half and self.cuda)) * multiplied,
                 "memory": added * batches * 24,  # a float32 product is written, read and added
                 "disk": sum(some.parameters for some in mine) * model.bytes + kept + passing,
             },
@@ -520,9 +521,11 @@ class Costs:
         else:
             length = QUESTION_TOKENS
             tokens, at_once = entry.get("limit", QUESTIONS) * length, batch
-        dense = variant.compression is None or not self.cuda
         compression = {} if variant.compression is None else self._stored(variant.compression)
-        loaded = model.stored if dense else self._compressed(model, compression)
+        rounded = "bits" in compression or compression.get("method") == "existing"
+        # Kept packed where there are kernels: on a GPU, and not for llm-compressor's.
+        packed = rounded and self.cuda and compression["method"] not in ONE_SHOT
+        loaded = self._compressed(model, compression) if packed else model.stored
         setting = f"tasks.{task}.batch_size" if "batch_size" in entry else "runtime.batch_size"
         largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
         working = (
@@ -541,13 +544,12 @@ class Costs:
             ),
         )
         phases: list[Phase] = [working]
-        if variant.compression is not None:
+        if packed:
             unpacked = Term("a layer, unpacked", largest.rows * largest.columns * 10)
-            if self.cuda:
-                phases = [(*working, unpacked)]
-            else:  # made dense once, layer by layer
-                packed = Term("packed layers", self._packed(compression, model.layers))
-                phases.append((working[0], packed, *_dequantizing(largest)))
+            phases = [(*working, unpacked)]
+        elif rounded:  # made dense once, layer by layer
+            layers = Term("packed layers", self._packed(compression, model.layers))
+            phases.append((working[0], layers, *_dequantizing(largest)))
         device, host = self._memory("evaluate", *phases)
         if self.cuda:  # one file of weights on its way; transformers cuts them at 50 GB at most
             host = tuple((*p, Term("weights on their way", min(loaded, 5 * GB))) for p in host)

