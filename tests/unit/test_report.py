@@ -215,11 +215,20 @@ def test_unknown_dtype_is_named():
         reading.tensor_bytes({"dtype": "Q7", "shape": [1]})
 
 
-def test_prefixes_end_at_a_dot():
-    # "up" must not collect the bytes of "up2".
-    tensors = {"h.0.up.qweight": tensor("U8", 3), "h.0.up2.qweight": tensor("U8", 5)}
-    found = reading.bytes_by_part({"tensors": {"f": tensors}}, ["h.0.up"])
-    assert found == {"weight_bytes": 3, "scale_bytes": 0, "other_bytes": 5}
+def test_parts_are_told_whatever_a_file_calls_its_blocks():
+    """GPT-2's own files say ``h.0``, those that transformers saves ``transformer.h.0``."""
+    original = {"h.0.up.weight": tensor("F16", 4, 2), "h.0.norm.weight": tensor("F16", 2)}
+    packed = {
+        "transformer.h.0.up.qweight": tensor("U8", 2),
+        "transformer.h.0.up.scales": tensor("F16", 1),
+        "transformer.h.0.up.bias": tensor("F16", 4),
+        "transformer.h.0.norm.weight": tensor("F16", 2),
+        "transformer.wte.weight": tensor("F16", 3, 2),
+    }
+    models = [{"tensors": {"f": some}} for some in (original, packed)]
+    found = reading.bytes_by_part(models[1])
+    assert found == {"weight_bytes": 2, "scale_bytes": 2, "other_bytes": 8 + 4 + 12}
+    assert reading.effective_bits(*models, adapter_bytes=4) == 8 * (2 + 2 + 4) / 8
 
 
 # --- comparisons -------------------------------------------------------------------------

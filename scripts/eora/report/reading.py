@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,29 +77,29 @@ def adapter_bytes(manifest: Mapping[str, Any]) -> int:
     return sum(tensor_bytes(t) for (_, name), t in tensors(manifest).items() if ".lora_" in name)
 
 
-def decoder_weights(original: Mapping[str, Any]) -> dict[str, int]:
-    """The layers that compression touches, as {prefix: number of weights}.
+def _layers(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Linear layer -> its weight, packed or not: of a numbered block, plain ones with two axes.
 
-    These are the 2-D tensors inside a numbered block whose name ends in ".weight".
+    By the names' shapes, as files of one model may call its blocks ``h.0`` or ``transformer.h.0``.
     """
-    return {
-        name.removesuffix(".weight"): math.prod(tensor["shape"])
-        for (_, name), tensor in tensors(original).items()
-        if name.endswith(".weight")
-        and len(tensor["shape"]) == 2
-        and any(part.isdecimal() for part in name.split("."))
-    }
+    found = {}
+    for (_, name), tensor in tensors(manifest).items():
+        layer, _, last = name.rpartition(".")
+        numbered = any(part.isdecimal() for part in layer.split("."))
+        if numbered and last in WEIGHTS and (last != "weight" or len(tensor["shape"]) == 2):
+            found[layer] = tensor
+    return found
 
 
-def bytes_by_part(manifest: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, int]:
-    """Bytes of a model's weights of the layers below these prefixes, packed or not, of what those
-    are scaled by (scales, zero points, permutations), and of all else: embeddings, norms, biases.
+def bytes_by_part(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of a model's weights in linear layers, packed or not, of what those are scaled by
+    (scales, zero points, permutations), and of all else: embeddings, norms, biases.
     """
-    starts = tuple(f"{prefix}." for prefix in prefixes)
+    layers = _layers(manifest)
     found = dict.fromkeys(("weight_bytes", "scale_bytes", "other_bytes"), 0)
     for (_, name), tensor in tensors(manifest).items():
-        last = name.rpartition(".")[2]
-        if not name.startswith(starts) or last == "bias":
+        layer, _, last = name.rpartition(".")
+        if layer not in layers or last == "bias":
             part = "other_bytes"
         else:
             part = "weight_bytes" if last in WEIGHTS else "scale_bytes"
@@ -111,9 +111,8 @@ def effective_bits(
     original: Mapping[str, Any], model: Mapping[str, Any], adapter_bytes: int
 ) -> float | None:
     """Bits spent per original decoder weight: packed weights, scales, zeros and adapter."""
-    weights = decoder_weights(original)
-    count = sum(weights.values())
-    parts = bytes_by_part(model, weights)
+    count = sum(math.prod(weight["shape"]) for weight in _layers(original).values())
+    parts = bytes_by_part(model)
     spent = parts["weight_bytes"] + parts["scale_bytes"] + adapter_bytes
     return 8 * spent / count if count else None
 
@@ -190,7 +189,7 @@ def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str,
         "rank": variant["rank"],
         "adapter_bits": variant["adapter_bits"],
         "bytes": total_bytes(held) + (extra or 0),
-        **bytes_by_part(held, decoder_weights(parts.original)),
+        **bytes_by_part(held),
         "adapter_bytes": extra,
         "effective_bits": effective_bits(parts.original, held, extra or 0),
         "tools": [
