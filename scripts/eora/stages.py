@@ -44,14 +44,21 @@ def fingerprint(path: Path, samples: int = 64, block: int = 1 << 16) -> str:
     return found.hexdigest()
 
 
-def _source(entry: Config, keys: tuple[str, ...]) -> Params:
-    """Tracked part of a source. A local path is tracked by its files, not by where it lies."""
+def _source(entry: Config, keys: tuple[str, ...], files: str = "*") -> Params:
+    """Tracked part of a source. A local path is tracked by its files, not by where it lies.
+
+    Args:
+        entry: of the config.
+        keys: of the entry.
+        files: pattern of those of a local folder that count.
+    """
     picked = pick(entry, keys)
     if "path" in picked:
         path = Path(picked["path"]).expanduser()
-        files = [p for p in path.iterdir() if p.is_file()] if path.is_dir() else [path]
+        base = path if path.is_dir() else path.parent
+        found = sorted(p for p in path.glob(files) if p.is_file()) if path.is_dir() else [path]
         picked["path"] = path.name
-        picked["files"] = {file.name: fingerprint(file) for file in files}
+        picked["files"] = {str(file.relative_to(base)): fingerprint(file) for file in found}
     return picked
 
 
@@ -74,7 +81,8 @@ def _download_checkpoint(config: Config, model: str, compression: str) -> Params
 
 
 def _download_dataset(config: Config, dataset: str) -> Params:
-    return {"source": _source(config["datasets"][dataset], DATASET_KEYS)}
+    # Saved data sets of several splits have a folder for each.
+    return {"source": _source(config["datasets"][dataset], DATASET_KEYS, "**/*")}
 
 
 def _prepare_task(config: Config, task: str) -> Params:
