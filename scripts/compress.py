@@ -115,7 +115,7 @@ def main(
             )
             return
         # llm-compressor takes the first card that it sees.
-        where = cli.device(device if spec.method in TOOLS else cli.alone(device))
+        where = cli.device(device, alone=spec.method not in TOOLS)
         from safetensors.torch import load_file
 
         data = load_file(tokens / "tokens.safetensors")["input_ids"]

@@ -50,7 +50,7 @@ def main(
     )
     if result.restored():
         return
-    where = cli.device(cli.alone(device))  # the Trainer takes every card that it sees
+    where = cli.device(device, alone=True)  # the Trainer takes every card that it sees
     from safetensors.torch import load_file
 
     from eora import adapters, tuning

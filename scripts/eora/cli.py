@@ -129,17 +129,8 @@ def parse(text: str, spec: type[T]) -> T:
     return spec(**values)
 
 
-def alone(name: str) -> str:
-    """Hide all GPUs but the one that is named, for libraries that take the first they see.
-
-    Before torch is imported: it looks once.
-
-    Args:
-        name: as of :func:`device`.
-
-    Returns:
-        What the device is called then.
-    """
+def _hide_others(name: str) -> str:
+    """Hide all GPUs but the one that is named; what it is called then."""
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not name.startswith("cuda:"):
@@ -155,16 +146,24 @@ def alone(name: str) -> str:
 _CLAIMS: list[cards.Claim] = []  # kept until the process ends
 
 
-def device(name: str) -> str:
+def device(name: str, alone: bool = False) -> str:
     """The torch device of a stage, with a card of its own where several jobs share a machine.
 
-    Call it before anything that may initialise CUDA is imported. ``auto`` is CUDA where there is
-    some, else the CPU; ``cuda:N`` is that card, whoever else uses it.
+    Call it before anything that may initialise CUDA is imported: torch looks once. ``auto`` is CUDA
+    where there is some, else the CPU; ``cuda:N`` is that card, whoever else uses it.
+
+    Args:
+        name: of the device, as above.
+        alone: hide all other GPUs, for libraries that take the first that they see, or all.
 
     Raises:
         typer.BadParameter: CUDA is asked for where there is none; names the key to change.
     """
+    # A card's number is that of nvidia-smi; CUDA would count from the fastest.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     claim = cards.claim() if name in ("auto", "cuda") else None
+    if alone:
+        name = _hide_others(name)
     import torch
 
     if torch.cuda.is_available():

@@ -51,7 +51,7 @@ def compress(
     checkpoint with zeros in it. What was pruned is rounded to nearest, which leaves zeros at zero:
     llm-compressor's GPTQ would spread its errors to them.
 
-    llm-compressor takes the first GPU that it sees, if any: see :func:`eora.cli.alone`.
+    llm-compressor takes the first GPU that it sees, if any: see :func:`eora.cli.device`.
 
     Args:
         folder: the original model; all of it is in host memory, a block at a time on the device.

@@ -239,12 +239,14 @@ def test_a_torch_without_cuda_gives_the_card_back(machine, job, monkeypatch, bef
     assert working(job()) == ("GPU-aa11-0" if before is None else "GPU-bb33-2")
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", ["cpu", "cuda:1"])
-def test_a_named_device_takes_no_card(machine, monkeypatch, name):
+def test_a_named_device_takes_no_card(machine, monkeypatch, name, alone):
     machine(LISTING)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli.device(name) == name
-    assert cards.VISIBLE not in os.environ and not cards.LOCKS.exists()
+    monkeypatch.setenv(cards.VISIBLE, "GPU-aa11-0,GPU-bb33-2")
+    assert cli.device(name, alone) == ("cuda" if alone and name == "cuda:1" else name)
+    assert not cards.LOCKS.exists()
 
 
 def test_a_job_keeps_its_card_to_its_end(machine, job, monkeypatch):
@@ -260,15 +262,15 @@ def test_a_job_keeps_its_card_to_its_end(machine, job, monkeypatch):
     ("name", "visible", "then", "called"),
     [
         ("cpu", "0,1", "", "cpu"),
-        ("auto", "0,1", "0,1", "auto"),
         ("cuda:1", None, "1", "cuda"),
         ("cuda:1", "3,GPU-5", "GPU-5", "cuda"),
-        ("cuda:2", "3,4", "3,4", "cuda:2"),  # refused when it is looked for
+        ("cuda:2", "3,4", "3,4", "cuda:2"),  # refused by what looks for it
     ],
 )
 def test_all_cards_but_one_are_hidden(monkeypatch, name, visible, then, called):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")  # and put back afterwards
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert cli.alone(name) == called
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.device(name, alone=True) == called
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == then
