@@ -27,6 +27,9 @@ def main(
     path: Annotated[
         Path | None, typer.Option(help="Where a local source lies; changes no result.")
     ] = None,
+    compressed: Annotated[
+        bool, typer.Option("--compressed", help="Its weights may be stored in few bits.")
+    ] = False,
     store: Annotated[Path | None, cli.Store] = None,
 ) -> None:
     cli.setup(network=True)
@@ -45,7 +48,9 @@ def main(
     with result.publish() as folder:
         model = folder / "model"
         model.mkdir()
-        sources.fetch_model(spec.source, path, model, spec.dtype, spec.trust_remote_code)
+        sources.fetch_model(
+            spec.source, path, model, spec.dtype, spec.trust_remote_code, compressed
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands share that look at a whole config: status, clean_orphans, prune.
+"""What the commands share that look at a whole config, such as plan, status and recommend.
 
 They are the workflow's, not the library's: this module alone knows the Snakefile and the schema.
 """

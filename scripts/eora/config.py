@@ -252,14 +252,19 @@ def _source_mistakes(where: str, entry: Config) -> Iterator[str]:
 
 
 def _kind_mistakes(where: str, entry: Config) -> Iterator[str]:
-    """A local model of a kind that is not supported; what else is wrong, its fetch tells."""
+    """A local model of a kind that is not supported, or no original; what else is wrong, its fetch
+    tells."""
     file = Path(os.path.expanduser(entry.get("path", "")), "config.json")
     try:
         stored = json.loads(file.read_text()) if "path" in entry and file.is_file() else {}
     except (OSError, ValueError):
         return
-    if isinstance(stored, dict) and (why := sources.unsupported_kind(stored)):
+    if not isinstance(stored, dict):
+        return
+    if why := sources.unsupported_kind(stored):
         yield f"{where}.path: {why}; name another model"
+    elif why := sources.compressed_already(stored):
+        yield f"{where}.path: {why}"
 
 
 def _reference(where: str, name: str, section: str, config: Config) -> Iterator[str]:

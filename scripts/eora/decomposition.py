@@ -38,7 +38,7 @@ def decompose_block(
     max_rank: int,
     method: solver.Method,
 ) -> None:
-    """Decompose every linear layer of one block; writes one file, see :func:`eora.factors.save`.
+    """Decompose every linear layer of one block; writes a file, see :func:`eora.factor_files.save`.
 
     Args:
         original, compressed: the two models.

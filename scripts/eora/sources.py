@@ -192,28 +192,66 @@ def unsupported_kind(stored: dict[str, Any]) -> str | None:
     return f"model_type {stored.get('model_type')} is {what}, which is not supported"
 
 
-def check_kind(folder: Path) -> None:
-    """Refuse by its config.json a model that cannot be run block by block.
+def compressed_already(stored: dict[str, Any]) -> str | None:
+    """What makes a model no original, as its config.json tells; or None."""
+    if not (quantization := stored.get("quantization_config")):
+        return None
+    form = quantization.get("quant_method", "unknown")
+    return (
+        f"its weights are stored in few bits already ({form}); name the model that it was made "
+        "from, and this one as a checkpoint (compressions.<name>, method: existing)"
+    )
+
+
+def _code_from_elsewhere(stored: dict[str, Any]) -> str | None:
+    """The first of a model's classes whose code lies in another repository, or None."""
+    classes = [c for some in stored.get("auto_map", {}).values() for c in _listed(some) if c]
+    return next((name for name in classes if "--" in name), None)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_kind(folder: Path, code: bool = False, compressed: bool = False) -> None:
+    """Refuse by its config.json a model that cannot be run block by block, one that is compressed,
+    and one whose code is not its own.
+
+    Args:
+        folder: holds it, and the tokenizer's where that is there.
+        code: the model's own Python files may run.
+        compressed: it may be a compressed one.
 
     Raises:
         Mistake: saying what it is.
     """
-    if why := unsupported_kind(_read_json(folder / "config.json")):
-        raise Mistake(f"{folder / 'config.json'}: {why}; name another model")
+    file = folder / "config.json"
+    stored = _read_json(file)
+    if why := unsupported_kind(stored):
+        raise Mistake(f"{file}: {why}; name another model")
+    if not compressed and (why := compressed_already(stored)):
+        raise Mistake(f"{file}: {why}")
+    for told in (file, folder / "tokenizer_config.json") if code else ():
+        if told.is_file() and (elsewhere := _code_from_elsewhere(_read_json(told))):
+            raise Mistake(
+                f"{told}: auto_map names {elsewhere}, code of another repository, which no "
+                "revision pins; put its .py files beside the weights, and their names without what "
+                "is before -- into auto_map"
+            )
 
 
-def check_model(folder: Path, code: bool = False) -> None:
+def check_model(folder: Path, code: bool = False, compressed: bool = False) -> None:
     """Refuse, before work is spent on it, a folder that is no causal language model of ours.
 
     Args:
         folder: safetensors weights, ``config.json`` and a tokenizer.
-        code: run the model's own Python files (``trust_remote_code``).
+        code, compressed: see :func:`check_kind`.
 
     Raises:
         Mistake: naming the file and what to put there.
     """
     weight_files(folder)
-    check_kind(folder)
+    check_kind(folder, code, compressed)
     stored = _read_json(folder / "config.json")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -244,7 +282,12 @@ def _first_line(error: Exception) -> str:
 
 
 def fetch_model(
-    source: dict[str, Any], path: Path | None, out: Path, dtype: str | None, code: bool = False
+    source: dict[str, Any],
+    path: Path | None,
+    out: Path,
+    dtype: str | None,
+    code: bool = False,
+    compressed: bool = False,
 ) -> None:
     """Put a model into ``out`` as a plain safetensors folder that transformers loads.
 
@@ -253,6 +296,7 @@ def fetch_model(
         path: of a local source: a folder with safetensors weights, or a GGUF file.
         dtype: of the weights that a GGUF file is converted to.
         code: also fetch the model's Python files (``trust_remote_code``).
+        compressed: it may be one that somebody compressed.
 
     Raises:
         Mistake: the source is not there, or not what it should be.
@@ -262,9 +306,9 @@ def fetch_model(
         if "hub" in source:
             _fetch_snapshot(source, out, ["config.json"])
             if (out / "config.json").is_file():
-                check_kind(out)  # before its weights are fetched
+                check_kind(out, code, compressed)  # before its weights are fetched
             _fetch_snapshot(source, out, patterns)
-            check_model(out, code)
+            check_model(out, code, compressed)
             return
         found = _local(source, path, Path(scratch), "models")
         if found.suffix == ".gguf":
@@ -275,7 +319,7 @@ def fetch_model(
                 f"{found} is neither a .gguf file nor a folder with safetensors: "
                 "name the folder of the model"
             )
-        check_model(found, code)
+        check_model(found, code, compressed)
         for file in sorted(found.iterdir()):
             if any(fnmatch(file.name, pattern) for pattern in patterns) and not any(
                 fnmatch(file.name, pattern) for pattern in OTHER_LAYOUTS

@@ -308,6 +308,7 @@ def index(shard):
 
 
 CODE = '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "x.X"}}'
+FP8 = '{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}'
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538090408\n"
 # Case -> what is done to a good model folder, and what the message says.
 MODELS = {
@@ -332,6 +333,10 @@ MODELS = {
         put("config.json", CODE),
         "set trust_remote_code: true if this one brings",
     ),
+    "fewer bits already": (
+        put("config.json", FP8),
+        "its weights are stored in few bits already (fp8); name the model that it was made from",
+    ),
     "no language model": (put("config.json", '{"model_type": "vit"}'), "vit is no causal language"),
     "no tokenizer": (
         drop("tokenizer.json", "tokenizer_config.json"),
@@ -353,6 +358,16 @@ def test_a_bad_model_folder(case, model, tmp_path, capfd):
     message = refused(capfd, tmp_path / "out", *args, params=params)
     assert str(model) in message
     assert not [part for part in parts if part not in message], message
+
+
+def test_code_of_another_repository(model, tmp_path, capfd):
+    """transformers would fetch it from the hub, whatever it is that day."""
+    elsewhere = json.dumps({"auto_map": {"AutoTokenizer": [None, "them/code--own.Tokenizer"]}})
+    put("tokenizer_config.json", elsewhere)(model)
+    args = ("download_model", "--path", model)
+    params = {"source": {}, "version": 1, "trust_remote_code": True}
+    message = refused(capfd, tmp_path / "out", *args, params=params)
+    assert "auto_map names them/code--own.Tokenizer, code of another repository" in message
 
 
 def test_a_model_that_is_a_file(model, tmp_path, capfd):

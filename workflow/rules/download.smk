@@ -59,7 +59,7 @@ rule download_checkpoint:
     message:
         "Fetching checkpoint {wildcards.compression} of {wildcards.model}"
     shell:
-        "python {params.script:q} --params {params.spec:q} {params.path:q}"
+        "python {params.script:q} --params {params.spec:q} {params.path:q} --compressed"
         " {params.store:q} --out {output.manifest:q} 2>&1 | tee {log:q}"
 
 
