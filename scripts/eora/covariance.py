@@ -227,8 +227,16 @@ def fill_experts(block: BlockMoments, moe: dict[str, Experts], minimum: int) -> 
     return few
 
 
+# Of the memory that is left: jobs ask for a quarter more than the plan says, so one that got it has
+# room for the states, whatever share of it they are.
+_SHARE = 0.8
+
+
 def _host_memory() -> int:
-    """Bytes of host memory left to this process: the machine's, or those of its cgroups (jobs)."""
+    """Bytes of host memory left to this process: the machine's, or those of its cgroups (jobs).
+
+    Pages of files that were read count as used by a cgroup, which gives them up when asked.
+    """
     free = psutil.virtual_memory().available
     own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     if own.exists():
@@ -236,8 +244,9 @@ def _host_memory() -> int:
         for group in (innermost, *innermost.parents):
             try:
                 limit, used = ((group / f"memory.{n}").read_text() for n in ("max", "current"))
-                free = min(free, int(limit) - int(used))
-            except (OSError, ValueError):  # no such group, or no limit
+                told = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                free = min(free, int(limit) - int(used) + int(told["inactive_file"]))
+            except (OSError, ValueError, KeyError):  # no such group, or no limit
                 continue
     return free
 
@@ -257,7 +266,7 @@ class Hidden:
     def __init__(self, like: Tensor, tokens: int, spill: Path):
         self.device = like.device
         size, dtype = tokens * like.numel(), like.dtype
-        if size * dtype.itemsize > _host_memory() // 2:
+        if size * dtype.itemsize > _SHARE * _host_memory():
             with (spill / "hidden.spilled").open("wb") as file:
                 # A full disk is told here; met in the mapping, it would kill the process.
                 if hasattr(os, "posix_fallocate"):  # macOS has none

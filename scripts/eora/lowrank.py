@@ -16,7 +16,7 @@ from eora.errors import Mistake
 
 
 class Factors(nn.Module):
-    """16-bit A (r, in) and B (out, r), held in the dtype that the model computes in."""
+    """A (r, in) and B (out, r)."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor):
         super().__init__()
@@ -34,13 +34,18 @@ class PackedFactors(nn.Module):
     def __init__(self, bits: int, group_size: int, sides: dict[str, dict[str, Tensor]]):
         super().__init__()
         self.bits, self.group_size = bits, group_size
+        self.shapes = {
+            side: tuple(packed["weight_shape"].tolist()) for side, packed in sides.items()
+        }
         for side, packed in sides.items():
-            for name, tensor in packed.items():
-                self.register_buffer(f"{side}_{name}", tensor)
+            for name in ("weight_packed", "weight_scale"):
+                self.register_buffer(f"{side}_{name}", packed[name])
 
     def _side(self, side: str, dtype: torch.dtype) -> Tensor:
-        names = ("weight_packed", "weight_scale", "weight_shape")
-        packed = {name: getattr(self, f"{side}_{name}") for name in names}
+        packed = {
+            name: getattr(self, f"{side}_{name}") for name in ("weight_packed", "weight_scale")
+        }
+        packed["weight_shape"] = self.shapes[side]
         return packing.unpack(packed, self.bits, self.group_size, dtype)
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,7 +75,8 @@ def load_factors(folder: Path) -> dict[str, Factors | PackedFactors]:
 
 
 def attach(model: nn.Module, folder: Path) -> nn.Module:
-    """Put an adapter folder beside the model's layers, in place.
+    """Put an adapter folder beside the model's layers, in place; factors, or their scales, in the
+    dtype that the model computes in.
 
     Raises:
         Mistake: the adapter names a layer that the model does not have.
@@ -86,6 +92,6 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
             ) from None
         tensor = next((t for t in (*base.parameters(), *base.buffers())), None)
         device = "cpu" if tensor is None else tensor.device
-        wrapped = LowRankLinear(base, factors.to(device))
+        wrapped = LowRankLinear(base, factors.to(device, model.dtype))
         setattr(model.get_submodule(parent_name), leaf, wrapped)
     return model

@@ -10,7 +10,8 @@ the last one is filled up with zeros in ``weight_packed``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,11 +24,15 @@ from torch import Tensor
 from eora import adapters
 from eora.rounding import Rounded, grouped, width
 
+Packed = Mapping[str, Tensor | tuple[int, int]]
+
 WEIGHTS = "adapter_packed.safetensors"
 CONFIG = "quantization_config.json"
 
 
+@cache
 def _scheme(bits: int, group_size: int) -> QuantizationScheme:
+    """Kept, as checking one takes longer than unpacking a small matrix by it."""
     weights = QuantizationArgs(
         num_bits=bits, symmetric=True, strategy="group", group_size=group_size
     )
@@ -53,14 +58,26 @@ def pack(rounded: Rounded, bits: int, group_size: int) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
-def unpack(packed: dict[str, Tensor], bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The matrix (rows, columns) that :func:`pack` packed, in ``dtype``."""
-    rows, columns = packed["weight_shape"].tolist()
+def unpack(packed: Packed, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The matrix (rows, columns) that :func:`pack` packed, in ``dtype``.
+
+    Its ``weight_shape`` may be a pair of numbers: of a tensor on a GPU, reading it would wait for
+    all that the GPU has yet to do.
+    """
+    rows, columns = map(int, packed["weight_shape"])
     group = width(columns, group_size)
     scale = packed["weight_scale"].to(dtype)
-    filled = torch.tensor([rows, scale.shape[1] * group])
-    state = packed | {"weight_scale": scale, "weight_shape": filled}
-    return _compressor().decompress(state, _scheme(bits, group))["weight"][:, :columns]
+    if 32 % bits:
+        filled = (rows, scale.shape[1] * group)
+        state = packed | {"weight_scale": scale, "weight_shape": filled}
+        return _compressor().decompress(state, _scheme(bits, group))["weight"][:, :columns]
+    # Of words that hold whole values, in a third of compressed-tensors' steps: a model that
+    # writes text takes them for every layer and token.
+    words = packed["weight_packed"]
+    values = words[..., None] >> torch.arange(0, 32, bits, device=words.device, dtype=words.dtype)
+    values.bitwise_and_(2**bits - 1).sub_(2 ** (bits - 1))
+    values = values.flatten(1)[:, : scale.shape[1] * group].unflatten(1, (-1, group))
+    return (values * scale[..., None]).flatten(1)[:, :columns]
 
 
 def save(
