@@ -17,7 +17,8 @@ from eora.result import Result
 class Params:
     """Keys: kind (lm_eval or perplexity); version.
     For lm_eval: name, num_fewshot (null: the task's own), limit (null: all), chat_template.
-    For perplexity: column that holds the text, window (tokens), windows (how many)."""
+    For perplexity: column that holds the text, window (tokens), windows (how many, or all), join
+    (what stands between rows that are one text; null: each is one)."""
 
     kind: str
     version: int
@@ -27,7 +28,8 @@ class Params:
     chat_template: bool = False
     column: str | None = None
     window: int | None = None
-    windows: int | None = None
+    windows: int | str | None = None
+    join: str | None = None
     trust_remote_code: bool = False
 
 
@@ -86,9 +88,13 @@ def main(
         prompt_tokens = evaluation.prompt(network)
         needed["prompt"] = memory.peak(where)
         if spec.kind == "perplexity":
-            documents = text.texts(dataset / "data", spec.column)
-            keys = ("tasks.<name>.windows", "tasks.<name>.window")
-            ids, _ = text.windows(documents, tokenizer, spec.windows, spec.window, "packed", keys)
+            ids = text.perplexity_windows(
+                text.texts(dataset / "data", spec.column, empty=spec.join is not None),
+                tokenizer,
+                None if spec.windows == "all" else spec.windows,
+                spec.window,
+                spec.join,
+            )
             judged = evaluation.perplexity(network, ids, batch_size)
         else:
             told = json.loads((task / "task.json").read_text())

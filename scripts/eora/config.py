@@ -38,7 +38,7 @@ _SHAPE = ("type", "required", "minItems")
 # The keys that mean something only beside the one that says how a task judges.
 _TASK_KEYS = {
     "lm_eval": ("dataset", "fewshot_dataset", "num_fewshot", "limit", "chat_template", "metric"),
-    "perplexity": ("window", "windows"),
+    "perplexity": ("window", "windows", "join"),
 }
 # What each method of compression goes by, beside its calibration.
 _ROUNDED = ("bits", "group_size", "sym")
@@ -228,6 +228,8 @@ def _explain(error: ValidationError, defs: dict[str, Any]) -> Iterator[str]:
             wrong += ", remove the quotes"
     elif error.validator == "pattern":
         wrong = f"{_shown(value)} does not fit"
+        if _fits_unquoted(value, error.schema | {"$defs": defs}):
+            wrong += ", remove the quotes"
     yield f"{where}: {wrong}; {meaning}" if meaning else f"{where}: {wrong}"
 
 

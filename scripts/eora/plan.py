@@ -93,6 +93,8 @@ KEPT = 10
 # What a task of lm-eval is taken to ask where no limit is set, and how many tokens a question has
 # with its answers. Tasks that write text take longer.
 QUESTIONS, QUESTION_TOKENS = 1_000, 1_000
+# And how many tokens a text has that is judged whole: WikiText-2's test split has 290,000.
+TEXT = 300_000
 
 
 def triangle(width: int) -> float:
@@ -516,8 +518,12 @@ class Costs:
         entry = self.config["tasks"][task]
         batch = entry.get("batch_size", self.config["runtime"]["batch_size"])
         if "perplexity" in entry:
-            batch, length = min(batch, entry["windows"]), entry["window"]
-            tokens, at_once = entry["windows"] * length, 1  # a window after the other
+            length = entry["window"]
+            windows = entry["windows"]
+            if windows == "all":
+                windows = math.ceil(TEXT / length)
+            batch = min(batch, windows)
+            tokens, at_once = windows * length, 1  # a window after the other
         else:
             length = QUESTION_TOKENS
             tokens, at_once = entry.get("limit", QUESTIONS) * length, batch

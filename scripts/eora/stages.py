@@ -156,7 +156,11 @@ def _evaluate(config: Config, model: str, variant: str, task: str) -> Params:
         keys = {"kind": "lm_eval", "name": entry["lm_eval"], **pick(entry, LM_EVAL_KEYS)}
     else:
         column = config["datasets"][entry["perplexity"]]["text"]
-        keys = {"kind": "perplexity", "column": column, **pick(entry, ("window", "windows"))}
+        keys = {
+            "kind": "perplexity",
+            "column": column,
+            **pick(entry, ("window", "windows", "join")),
+        }
     return {**keys, **_trust(config, model)}
 
 

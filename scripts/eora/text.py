@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +19,8 @@ from eora.sources import check_column
 Layout = Literal["packed", "documents"]
 
 
-def texts(folder: Path, column: str) -> Iterator[str]:
-    """The non-empty texts of one column of a saved data set, in order.
+def texts(folder: Path, column: str, empty: bool = False) -> Iterator[str]:
+    """The texts of one column of a saved data set, in order; of empty ones only if asked.
 
     Raises:
         Mistake: the data set has no such column, or no text in it; the message lists its columns.
@@ -32,7 +34,7 @@ def texts(folder: Path, column: str) -> Iterator[str]:
             f"datasets.<name>.text: the column {column!r} holds {kinds[column]}, not text; "
             f"columns of text: {has}"
         )
-    return (text for text in data[column] if text and text.strip())
+    return (text or "" for text in data[column] if empty or (text and text.strip()))
 
 
 def windows(
@@ -41,7 +43,6 @@ def windows(
     samples: int,
     seqlen: int,
     layout: Layout,
-    keys: tuple[str, str] = ("calibrations.<name>.samples", "calibrations.<name>.seqlen"),
 ) -> tuple[Tensor, Tensor]:
     """Token samples of a text.
 
@@ -52,7 +53,6 @@ def windows(
         layout: ``packed`` concatenates documents, the tokenizer's end token after each, and cuts
             windows of exactly seqlen; ``documents`` takes one document a sample, truncated, and
             pads shorter ones on the right.
-        keys: where the config says samples and seqlen, for the message.
 
     Returns:
         input_ids (samples, seqlen) int32 and lengths (samples,) int32.
@@ -60,35 +60,85 @@ def windows(
     Raises:
         Mistake: the text is too short for that many samples.
     """
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    stream: list[int] = []
-    rows: list[list[int]] = []
-    for document in documents:
-        ids = tokenizer(document, verbose=False)["input_ids"]
-        if layout == "packed":
-            stream += ids + end
-            if len(stream) >= samples * seqlen:
-                rows = [stream[i * seqlen : (i + 1) * seqlen] for i in range(samples)]
-                break
-        elif ids:
-            rows.append(ids[:seqlen])
-            if len(rows) == samples:
-                break
+    if layout == "packed":
+        stream = _stream(documents, tokenizer, samples * seqlen)
+        rows, found = _cut(stream, seqlen), f"{len(stream):,} tokens"
+    else:
+        tokenized = (tokenizer(document, verbose=False)["input_ids"] for document in documents)
+        rows = list(islice((ids[:seqlen] for ids in tokenized if ids), samples))
+        found = f"{len(rows):,} documents"
     if len(rows) < samples:
-        packed = layout == "packed"
-        have = len(stream) // seqlen if packed else len(rows)
-        found = f"{len(stream):,} tokens" if packed else f"{len(rows):,} documents"
-        raise Mistake(
-            f"{keys[0]}: {samples:,} of {seqlen:,} tokens were asked for, but the data set has "
-            f"{found}, which make {have:,}; "
-            + (f"lower it to {have:,}" if have else f"lower {keys[1]} as well")
-            + ", or name a larger data set"
-        )
+        keys = ("calibrations.<name>.samples", "calibrations.<name>.seqlen")
+        raise _too_few(keys, samples, seqlen, found, len(rows))
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     input_ids = torch.zeros(samples, seqlen, dtype=torch.int32)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
     return input_ids, lengths
+
+
+def _stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: float
+) -> list[int]:
+    """Tokens of documents, the tokenizer's end token after each; no more documents than it takes
+    for so many."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(document, verbose=False)["input_ids"] + end
+        if len(stream) >= wanted:
+            return stream[: int(wanted)]
+    return stream
+
+
+def _cut(stream: list[int], length: int) -> list[list[int]]:
+    """Its full windows, one after the other."""
+    return [stream[end - length : end] for end in range(length, len(stream) + 1, length)]
+
+
+def _too_few(keys: tuple[str, str], asked: int, length: int, found: str, have: int) -> Mistake:
+    """Told by the keys of the number and of the length."""
+    return Mistake(
+        f"{keys[0]}: {asked:,} of {length:,} tokens were asked for, but the data set has "
+        f"{found}, which make {have:,}; "
+        + (f"lower it to {have:,}" if have else f"lower {keys[1]} as well")
+        + ", or name a larger data set"
+    )
+
+
+def perplexity_windows(
+    rows: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int | None,
+    length: int,
+    join: str | None,
+) -> Tensor:
+    """Token windows to measure perplexity over, one after the other.
+
+    Args:
+        rows: of the data set, in order.
+        count: how many; None takes all that are full.
+        length: tokens of each.
+        join: what stands between rows. They are one text then, of which the tokenizer makes one
+            sequence, with one start token if it adds any: so papers on compression measure
+            WikiText-2 since GPTQ (arXiv 2210.17323). None takes each row for a text of its own,
+            with the tokenizer's end token after it.
+
+    Returns:
+        (count, length) int32.
+
+    Raises:
+        Mistake: the text is too short for that many.
+    """
+    if join is None:
+        stream = _stream(rows, tokenizer, math.inf if count is None else count * length)
+    else:
+        stream = tokenizer(join.join(rows), verbose=False)["input_ids"]
+    found = _cut(stream, length)
+    if len(found) < (count or 1):
+        keys = ("tasks.<name>.windows", "tasks.<name>.window")
+        raise _too_few(keys, count or 1, length, f"{len(stream):,} tokens", len(found))
+    return torch.tensor(found[:count], dtype=torch.int32)
 
 
 def mixture(

@@ -358,13 +358,22 @@ def test_a_mistake_is_one_line_with_its_key_and_mend(case):
 
 # --- every constraint of the schema ---
 
-WRONG = {"string": 3, "integer": "x", "number": "x", "boolean": "x", "array": {}, "object": []}
+WRONG = {
+    "string": 3,
+    "integer": "x",
+    "number": "x",
+    "boolean": "x",
+    "array": {},
+    "object": [],
+    "['integer', 'string']": [],
+}
 # What fits no pattern is written here, by the pattern.
 UNFIT = {
     SCHEMA["$defs"]["name"]["pattern"]: "a/b",
     "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$": "a/b/c",
     "^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$": "package>=1",
     "^[0-9a-f]{64}$": "F" * 64,
+    "^all$": "half",
     "^(auto|cpu|cuda(:[0-9]+)?)$": "gpu",
     r"^([1-9]:(2|4|8|16)|0\.[0-9]*[1-9][0-9]*)$": "0.0",
 }

@@ -26,6 +26,22 @@ def test_documents_are_cut_and_padded():
         assert row[:length].tolist() == expected and not row[length:].any()
 
 
+def test_perplexity_is_over_texts_apart_or_over_one():
+    apart = text.perplexity_windows(SENTENCES, TOKENIZER, 5, 16, None)
+    assert apart.equal(text.windows(SENTENCES, TOKENIZER, 5, 16, "packed")[0])
+    whole = TOKENIZER("\n\n".join(SENTENCES))["input_ids"]
+    for count in (5, None):
+        one = text.perplexity_windows(SENTENCES, TOKENIZER, count, 16, "\n\n")
+        assert one.flatten().tolist() == whole[: (count or len(whole) // 16) * 16]
+
+
+@pytest.mark.parametrize("join", [None, "\n"])
+@pytest.mark.parametrize("count", [50, None])
+def test_too_little_text_to_judge_is_refused(join, count):
+    with pytest.raises(Mistake, match=r"tasks.<name>.windows: (50|1) of 999 .*lower tasks"):
+        text.perplexity_windows(SENTENCES[:2], TOKENIZER, count, 999, join)
+
+
 @pytest.mark.parametrize("layout", ["packed", "documents"])
 def test_a_mixture_has_the_samples_of_each_text(layout):
     loud = [sentence.upper() for sentence in SENTENCES]
@@ -51,3 +67,4 @@ def test_a_missing_column_is_named(tmp_path):
 def test_blank_texts_are_skipped(tmp_path):
     Dataset.from_dict({"text": ["a", " ", "", None, "b"]}).save_to_disk(tmp_path)
     assert list(text.texts(tmp_path, "text")) == ["a", "b"]
+    assert list(text.texts(tmp_path, "text", empty=True)) == ["a", " ", "", "", "b"]

@@ -368,6 +368,7 @@ TABLE = {
     "tasks.*.perplexity": Row(edit(("tasks/text/perplexity", "more")), JUDGED_TEXT),
     "tasks.*.window": Row(edit(("tasks/text/window", 16)), JUDGED_TEXT),
     "tasks.*.windows": Row(edit(("tasks/text/windows", 3)), JUDGED_TEXT),
+    "tasks.*.join": Row(edit(("tasks/text/join", "\n\n")), JUDGED_TEXT),
     "tasks.*.batch_size": Row(edit(("tasks/choice/batch_size", 2)), NOTHING),
     "tasks.*.metric": Row(edit(("tasks/choice/metric", "acc")), NOTHING, report=True, why=""),
     "covariance.shards": Row(
