@@ -48,7 +48,7 @@ def main(
         files = [file for path in decompositions for file in block_files.listed(path / "factors")]
         pairs, curves = factor_files.slice_rank(files, spec.rank)
         transposed = factor_files.is_transposed(files)
-        adapters.save_peft(folder / "adapter", pairs, spec.rank, spec.base_model, transposed)
+        adapters.save_peft(folder / "adapter", pairs, spec.base_model, transposed)
         factor_files.save_curves(folder / "residuals.json", curves)
         factor_files.save_moments(folder / "moments.safetensors", files, spec.rank)
 

@@ -70,8 +70,7 @@ def main(
             device=where,
             trust_remote_code=spec.trust_remote_code,
         )
-        rank = len(next(iter(pairs.values()))[0])
-        adapters.save_peft(folder / "adapter", pairs, rank, spec.base_model)
+        adapters.save_peft(folder / "adapter", pairs, spec.base_model)
         (folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
 
 

@@ -613,7 +613,8 @@ def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
 
 
 def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]) -> None:
-    """Refuse ranks above the width of one of the model's decoder layers.
+    """Refuse ranks above the width of all of the model's decoder layers; narrower ones are
+    repaired whole.
 
     Args:
         model: manifest of the model's download.
@@ -621,7 +622,7 @@ def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]
         ranks: see :func:`asked_ranks`.
 
     Raises:
-        ConfigError: naming the rank and the layer.
+        ConfigError: naming the rank and the widest layer.
     """
     widths = {
         layer: min(entry["shape"])
@@ -633,13 +634,13 @@ def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]
     }
     if not widths:
         return
-    narrow = min(widths, key=lambda layer: widths[layer])
+    widest = max(widths, key=lambda layer: widths[layer])
     mistakes = [
-        f"- {key}: {rank} is above the width of {narrow} in model {name} "
-        f"({widths[narrow]}); lower the rank to at most {widths[narrow]}"
+        f"- {key}: {rank} is above the width of all layers of model {name}, such as {widest} "
+        f"({widths[widest]}); lower the rank to at most {widths[widest]}"
         for key, wanted in ranks.items()
         for rank in wanted
-        if rank > widths[narrow]
+        if rank > widths[widest]
     ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))

@@ -51,7 +51,7 @@ def is_transposed(files: list[Path]) -> bool:
 
 
 def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """The first ``rank`` directions of every layer.
+    """The first ``rank`` directions of every layer; of a narrower layer, all.
 
     Args:
         files: factors of all blocks, see :func:`save`.
@@ -71,10 +71,11 @@ def slice_rank(files: list[Path], rank: int) -> tuple[dict[str, Pair], dict[str,
                     continue
                 layer = key.removesuffix(".lora_A")
                 a, b = file.get_slice(key), file.get_slice(f"{layer}.lora_B")
-                if rank > (have := a.get_shape()[0]):
+                have, width = a.get_shape()
+                if have < min(rank, width, b.get_shape()[0]):
                     raise Mistake(
                         f"rank {rank} is above what {layer} was decomposed to ({have}): raise "
-                        "adapters.<name>.max_rank, or lower the rank where the layer is narrower"
+                        "adapters.<name>.max_rank"
                     )
                 pairs[layer] = (a[:rank], b[:, :rank].contiguous())
                 curves[layer] = file.get_tensor(f"{layer}.residual")

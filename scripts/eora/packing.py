@@ -97,15 +97,14 @@ def save(
         base_model, transposed: see :func:`eora.adapters.save_peft`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, names, rank = {}, [], 0
+    tensors, ranks = {}, {}
     for layer, a, b_t in layers:
-        names.append(layer)
-        rank = len(a.values)
+        ranks[layer] = len(a.values)
         for side, rounded in (("lora_A", a), ("lora_B_T", b_t)):
             for name, tensor in pack(rounded, bits, group_size).items():
                 tensors[f"{layer}.{side}.{name}"] = tensor
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    adapters.write_config(folder, rank, names, base_model, transposed)
+    adapters.write_config(folder, ranks, base_model, transposed)
     config = {"format": "pack-quantized", "bits": bits, "group_size": group_size, "symmetric": True}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

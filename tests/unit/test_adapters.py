@@ -26,8 +26,15 @@ def pairs(tiny_model):
     }
 
 
-def test_peft_loads_it_and_gives_the_same_logits(tiny_model, pairs, tmp_path):
-    adapters.save_peft(tmp_path, pairs, RANK, "tiny")
+@pytest.mark.parametrize("narrow", ["none", "a kind", "one"])
+def test_peft_loads_it_and_gives_the_same_logits(tiny_model, pairs, tmp_path, narrow):
+    """Also where layers that are narrower than the rank have one of their own."""
+    few = {"none": "x", "a kind": "k_proj", "one": "layers.1.self_attn.k_proj"}[narrow]
+    pairs = {n: (a[:3], b[:, :3]) if n.endswith(few) else (a, b) for n, (a, b) in pairs.items()}
+    adapters.save_peft(tmp_path, pairs, "tiny")
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    key = {"none": [], "a kind": ["k_proj"], "one": [f"model.{few}"]}[narrow]
+    assert list(told.get("rank_pattern", {})) == key and told["r"] == RANK
     ids = torch.arange(2, 34)[None]
     with torch.inference_mode():
         theirs = PeftModel.from_pretrained(
@@ -42,7 +49,7 @@ def test_peft_loads_it_and_gives_the_same_logits(tiny_model, pairs, tmp_path):
 
 def test_config_is_the_same_from_run_to_run(pairs, tmp_path):
     for name in ("a", "b"):
-        adapters.save_peft(tmp_path / name, dict(sorted(pairs.items())), RANK, "tiny")
+        adapters.save_peft(tmp_path / name, dict(sorted(pairs.items())), "tiny")
     first, second = ((tmp_path / n / "adapter_config.json").read_bytes() for n in "ab")
     assert first == second
     assert json.loads(first)["lora_alpha"] == RANK
@@ -55,7 +62,7 @@ def rounded(pairs, bits):
 
 
 def test_four_bits_take_about_four_and_a_half(pairs, tmp_path):
-    adapters.save_peft(tmp_path / "r16", pairs, RANK, "tiny")
+    adapters.save_peft(tmp_path / "r16", pairs, "tiny")
     packing.save(tmp_path / "r4", rounded(pairs, 4), 4, 32, "tiny")
 
     def payload(path):
@@ -84,7 +91,7 @@ def test_packed_factors_stay_packed_and_compute_their_rounded_product(tiny_model
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_model, pairs, tmp_path):
-    adapters.save_peft(tmp_path, {"model.layers.9.mlp.up_proj": (torch.ones(8, 64),) * 2}, 8, "x")
+    adapters.save_peft(tmp_path, {"model.layers.9.mlp.up_proj": (torch.ones(8, 64),) * 2}, "x")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(Mistake, match=r"another model.*layers\.9"):
         lowrank.attach(model, tmp_path)

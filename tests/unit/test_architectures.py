@@ -324,7 +324,7 @@ def fit(original, compressed, samples, out):
     pairs, curves = factor_files.slice_rank(files, RANK)
     assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())
     transposed = factor_files.is_transposed(files)
-    adapters.save_peft(out / "r16", pairs, RANK, "tiny", transposed)
+    adapters.save_peft(out / "r16", pairs, "tiny", transposed)
     factor_files.save_moments(out / "moments", files, RANK)
     moments = factor_files.InputMoments(out / "moments")
     low = ((name, *rounding.refit(*pairs[name], *moments.of(name), 4, 32)) for name in pairs)
@@ -360,7 +360,7 @@ def test_peft_takes_the_adapter_of_transposed_layers(folders, samples, tmp_path)
         for name, module in model.named_modules()
         if isinstance(module, Conv1D)
     }
-    adapters.save_peft(tmp_path, pairs, RANK, "tiny", transposed=True)
+    adapters.save_peft(tmp_path, pairs, "tiny", transposed=True)
     assert adapters.is_transposed(tmp_path)
     ids = samples[0][:1].long()
     with torch.inference_mode():
@@ -382,7 +382,7 @@ def test_fused_experts_are_not_merged(folders, tmp_path):
     architectures.split_experts(model)
     name = "model.layers.0.mlp.experts.0.up_proj"
     out, inner = architectures.dense_weight(model.get_submodule(name)).shape
-    adapters.save_peft(tmp_path, {name: (torch.ones(RANK, inner), torch.ones(out, RANK))}, RANK, "")
+    adapters.save_peft(tmp_path, {name: (torch.ones(RANK, inner), torch.ones(out, RANK))}, "")
     with pytest.raises(Mistake, match=r"experts\.0\.up_proj is a part of fused experts"):
         loading.merged(lowrank.attach(model, tmp_path))
 

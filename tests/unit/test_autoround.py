@@ -16,7 +16,7 @@ def test_a_layer_with_an_adapter_beside_it_is_what_it_was(tmp_path):
     x = torch.randn(3, 6)
     before, weight = {name: layer(x) for name, layer in model.items()}, model["q"].weight.clone()
     pair = torch.randn(2, 6), torch.randn(4, 2)
-    adapters.save_peft(tmp_path, {"q": pair}, 2, "m")
+    adapters.save_peft(tmp_path, {"q": pair}, "m")
     assert autoround.put_beside(model, tmp_path, {"q"}) == ["q"]
     for name, layer in model.items():
         torch.testing.assert_close(layer(x), before[name], rtol=1e-4, atol=1e-4)

@@ -596,17 +596,17 @@ MANIFEST = {
 }
 
 
-def test_a_rank_up_to_the_narrowest_layer_is_taken():
-    cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [1, 32], "adapters.f.ranks": [16]})
+def test_a_rank_up_to_the_widest_layer_is_taken():
+    cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [1, 33], "adapters.f.ranks": [64]})
 
 
-def test_a_rank_above_a_layers_width_is_refused():
+def test_a_rank_above_all_layers_widths_is_refused():
     with pytest.raises(cfg.ConfigError) as caught:
-        cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [16, 33], "adapters.f.ranks": [64]})
-    layer = "model.layers.0.self_attn.k_proj.weight in model m (32)"
+        cfg.check_ranks(MANIFEST, "m", {"adapters.e.ranks": [16, 65], "adapters.f.ranks": [128]})
+    layer = "all layers of model m, such as model.layers.0.mlp.up_proj.weight (64)"
     assert str(caught.value).split("\n") == [
-        f"- adapters.e.ranks: 33 is above the width of {layer}; lower the rank to at most 32",
-        f"- adapters.f.ranks: 64 is above the width of {layer}; lower the rank to at most 32",
+        f"- adapters.e.ranks: 65 is above the width of {layer}; lower the rank to at most 64",
+        f"- adapters.f.ranks: 128 is above the width of {layer}; lower the rank to at most 64",
     ]
 
 
@@ -1035,10 +1035,10 @@ def test_snakemake_checks_ranks_against_models_that_are_there(tmp_path):
     made.parent.mkdir(parents=True)
     made.write_text(json.dumps(MANIFEST))
     file = tmp_path / "mine.yaml"
-    file.write_text(BASE.replace("ranks: [4, 8]", "ranks: [4, 48]"))
+    file.write_text(BASE.replace("ranks: [4, 8]", "ranks: [4, 65]"))
     done = dry_run(file, tmp_path)
     assert done.returncode == 1
-    assert "adapters.e.ranks: 48 is above the width of model.layers.0.self_attn" in done.stderr
+    assert "adapters.e.ranks: 65 is above the width of all layers of model m" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -131,7 +131,7 @@ def save_adapter(folder: Path, model: Path) -> None:
         for name, layer in layers.items()
         if ".layers." in name
     }
-    adapters.save_peft(folder / "adapter", pairs, 64, "m")
+    adapters.save_peft(folder / "adapter", pairs, "m")
     manifest.seal(folder, {})
 
 

@@ -708,14 +708,14 @@ def test_page_says_what_was_not_run(tmp_path):
     told = page(tmp_path, plan).split("What was not run")[1].split("</ul>")[0]
     assert re.findall(r"<li>(.*)</li>", told) == [
         "arc-easy: 200 of 2,376 samples were judged. The rest: remove tasks.arc-easy.limit.",
-        "eora: fitted up to rank 32, judged at 8. Any other needs no new fit: add it to "
+        "eora: fitted up to rank 64, judged at 8. Any other needs no new fit: add it to "
         "adapters.eora.ranks.",
         "eora: judged in 16 bits alone. In 4 bits an adapter takes about a quarter of the bytes: "
         "add 4 to adapters.eora.bits.",
         "No adapter was fitted by diagonal and svd. For a comparison at equal rank add an entry to "
         "adapters with that method: it shares the second moments.",
     ]
-    whole = {"ranks": [8, 32], "max_rank": 64, "bits": [4, 16]}
+    whole = {"ranks": [8, 64], "max_rank": 64, "bits": [4, 16]}
     plan |= {"adapters": {m: whole | {"method": m} for m in ("eora", "svd", "diagonal")}}
     evaluation(tmp_path, "tiny", "original", "arc-easy", 0.6)
     assert "What was not run" not in page(tmp_path, plan)

@@ -27,7 +27,7 @@ def fitted(tiny_model, tmp_path_factory):
         if ".layers." in name
     }
     folder = tmp_path_factory.mktemp("adapter")
-    adapters.save_peft(folder, pairs, RANK, "tiny")
+    adapters.save_peft(folder, pairs, "tiny")
     return folder
 
 
@@ -67,7 +67,7 @@ def test_the_loss_falls_from_that_of_the_start(tiny_model, fitted, tmp_path, sta
         return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).item()
 
     assert losses[0]["loss"] == pytest.approx(loss(fitted if start == "fitted" else None), rel=1e-4)
-    adapters.save_peft(tmp_path / "tuned", pairs, RANK, "tiny")
+    adapters.save_peft(tmp_path / "tuned", pairs, "tiny")
     assert loss(tmp_path / "tuned") < losses[-2]["loss"]
 
 

@@ -22,9 +22,9 @@ def cut_tasks(frame: pd.DataFrame) -> list[str]:
 
 
 def fitted_ranks(frame: pd.DataFrame) -> dict[str, int]:
-    """Adapter -> the largest rank that every layer of every model has, by the curves kept."""
+    """Adapter -> the largest rank that a layer of every model has, by the curves kept."""
     kept = frame.dropna(subset=["adapter", "residuals"])
-    most = kept["residuals"].map(lambda curves: min(map(len, curves.values())) - 1)
+    most = kept["residuals"].map(lambda curves: max(map(len, curves.values())) - 1)
     return most.groupby(kept["adapter"]).min().to_dict()
 
 
