@@ -1,5 +1,5 @@
-"""Compress a model: by AutoRound, GPTQ, SparseGPT or Wanda, or as somebody else did; or fit the
-scales of a compressed one anew."""
+"""Compress a model: by AutoRound, GPTQ, AWQ, SparseGPT or Wanda, or as somebody else did; or fit
+the scales of a compressed one anew."""
 
 import shutil
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ STAGES = {"existing": {"checkpoint"}, "rescale": {"compressed", "moments"}}
 
 @dataclass
 class Params:
-    """Keys: method (autoround, gptq, sparsegpt, wanda, existing or rescale); version; of those that
-    calibrate: keep (parts of names of layers left in 16 bits).
-    For autoround and gptq, and optional after the two that prune: bits, group_size, sym.
+    """Keys: method (autoround, gptq, awq, sparsegpt, wanda, existing or rescale); version; of those
+    that calibrate: keep (parts of names of layers left in 16 bits).
+    For autoround, gptq and awq, and optional after the two that prune: bits, group_size, sym.
     For sparsegpt and wanda: sparsity (2:4, or a share such as 0.5).
     For autoround: iters, batch_size, format (auto_round or auto_gptq), alg_ext, seed, and around
     (what --adapter is, if it is given: compression, adapter, rank, bits).
@@ -111,7 +111,7 @@ def main(
             return
         if compressed is not None:
             notes["output_error"] = _rescale(
-                spec, model, compressed, shards, folder / "model", cli.device(device)
+                spec, model, compressed, shards, folder, cli.device(device)
             )
             return
         # llm-compressor takes the first card that it sees.
@@ -147,7 +147,7 @@ def _rescale(
     """Copy the compressed model with other scales; each block's share of the error that is left."""
     from tqdm import tqdm
 
-    from eora import block_files, rescaling
+    from eora import block_files, rescaling, smoothing
     from eora.streaming import BlockStream
 
     files = {file.name: file for shard in shards for file in block_files.listed(shard / "moments")}
@@ -156,12 +156,16 @@ def _rescale(
         for stage in (model, compressed)
     )
     hidden = shutil.ignore_patterns(".*")  # such as Snakemake's time stamps
-    shutil.copytree(compressed / "model", out, ignore=hidden, copy_function=shutil.copyfile)
+    copy = out / "model"
+    shutil.copytree(compressed / "model", copy, ignore=hidden, copy_function=shutil.copyfile)
+    if (scales := compressed / smoothing.NAME).is_file():
+        shutil.copyfile(scales, out / smoothing.NAME)
     return rescaling.rescale(
         original,
         rounded,
         lambda index: files[block_files.name(index)],
-        out,
+        smoothing.Smoothing(compressed),
+        copy,
         spec.rank,
         spec.rounds,
         lambda blocks: tqdm(blocks, desc="blocks", unit="block"),

@@ -45,7 +45,7 @@ def main(
     where = cli.device(device)
     from tqdm import tqdm
 
-    from eora import decomposition, streaming
+    from eora import decomposition, smoothing, streaming
 
     with result.publish() as folder:
         original = streaming.BlockStream(
@@ -54,6 +54,7 @@ def main(
         approximate = streaming.BlockStream(
             compressed / "model", where, trust_remote_code=spec.trust_remote_code
         )
+        scales = smoothing.Smoothing(compressed)
         factors = folder / "factors"
         factors.mkdir()
         blocks = streaming.shard_range(spec.shard, spec.shards, len(original))
@@ -66,6 +67,7 @@ def main(
                 factors,
                 spec.max_rank,
                 spec.method,
+                scales,
             )
 
 

@@ -22,7 +22,8 @@ can be used by hand:
   Compression
     layers          which layers are compressed, and whether settings fit them
     autoround       AutoRound, also around an adapter
-    oneshot         GPTQ, SparseGPT and Wanda, by llm-compressor
+    oneshot         GPTQ, AWQ, SparseGPT and Wanda, by llm-compressor
+    smoothing       layers that a compression made read rescaled inputs
     existing        checkpoints that somebody else compressed
     rescaling       the scales of a rounded model, solved for anew beside an adapter
 

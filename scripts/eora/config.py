@@ -45,13 +45,14 @@ _ROUNDED = ("bits", "group_size", "sym")
 METHOD_KEYS = {
     "autoround": (*_ROUNDED, "iters", "batch_size", "format", "alg_ext", "keep", "seed", "around"),
     "gptq": (*_ROUNDED, "keep"),
+    "awq": (*_ROUNDED, "keep"),
     "sparsegpt": ("sparsity", *_ROUNDED, "keep"),
     "wanda": ("sparsity", *_ROUNDED, "keep"),
     "existing": ("model", "checkpoint"),
     "rescale": ("compression", "rank", "rounds"),
 }
 PRUNERS = ("sparsegpt", "wanda")
-ONE_SHOT = ("gptq", *PRUNERS)  # by llm-compressor
+ONE_SHOT = ("gptq", "awq", *PRUNERS)  # by llm-compressor
 
 
 class ConfigError(Mistake):
@@ -370,7 +371,7 @@ def _compression_mistakes(
         return
     needed = ["model", "checkpoint"] if method == "existing" else ["calibration"]
     needed += ["compression", "rank"] if method == "rescale" else []
-    needed += ["bits"] if method in ("autoround", "gptq") else []
+    needed += ["bits"] if method in ("autoround", "gptq", "awq") else []
     for key in needed:
         if key not in entry:
             yield f"{where}.{key}: missing; it is needed: {known[key]['description']}"

@@ -11,20 +11,34 @@ from transformers.pytorch_utils import Conv1D
 
 from eora import block_files, covariance, factor_files, solver
 from eora.architectures import dense_weight, linear_layers
+from eora.smoothing import Smoothing
 from eora.streaming import BlockStream
 
 
 def metrics(
-    inputs: covariance.Moments, device: torch.device, method: solver.Method
+    inputs: covariance.Moments,
+    device: torch.device,
+    method: solver.Method,
+    smoothing: Smoothing,
+    block: str,
 ) -> Callable[[str], solver.Metric]:
     """Local name of a layer -> what its errors are measured by, on the device.
 
-    The last is kept: layers that read the same input follow each other and share it.
+    The last is kept: layers that read the same input follow each other and share it, and the scales
+    by which a compression divided that.
+
+    Args:
+        inputs: the block's second moments, of the original.
+        device: where they are wanted.
+        method: of the solver.
+        smoothing: how the compression rescaled what layers read.
+        block: the block's full name.
     """
 
     @lru_cache(maxsize=1)
     def of_input(name: str) -> solver.Metric:
-        return solver.Metric(inputs.lower(name).to(device), method)
+        moment = smoothing.moment(f"{block}.{name}", inputs.lower(name).to(device))
+        return solver.Metric(moment, method)
 
     return lambda layer: of_input(inputs.shared[layer])
 
@@ -37,6 +51,7 @@ def decompose_block(
     out: Path,
     max_rank: int,
     method: solver.Method,
+    smoothing: Smoothing,
 ) -> None:
     """Decompose every linear layer of one block; writes a file, see :func:`eora.factor_files.save`.
 
@@ -45,16 +60,18 @@ def decompose_block(
         index: the block.
         moments: folder of the second moments' block files.
         out: folder for the factors' block file.
+        smoothing: how the compression rescaled what layers read.
     """
     inputs = covariance.Moments(moments / block_files.name(index))
-    metric = metrics(inputs, original.device, method)
+    metric = metrics(inputs, original.device, method, smoothing, original.name(index))
     found: dict[str, solver.Factors] = {}
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)
         layers = linear_layers(exact)
         transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
         for name, layer in layers.items():
-            error = dense_weight(layer).float() - dense_weight(approximate[name]).float()
-            fitted = solver.decompose(error, metric(name), max_rank)
-            found[f"{original.name(index)}.{name}"] = fitted.cpu()
+            full = f"{original.name(index)}.{name}"
+            weight = smoothing.weight(full, dense_weight(layer).float())
+            error = weight - dense_weight(approximate[name]).float()
+            found[full] = solver.decompose(error, metric(name), max_rank).cpu()
     factor_files.save(out / block_files.name(index), found, transposed)

@@ -1,14 +1,19 @@
-"""GPTQ (arXiv 2210.17323), SparseGPT (2301.00774) and Wanda (2306.11695), by llm-compressor."""
+"""GPTQ (arXiv 2210.17323), AWQ (2306.00978), SparseGPT (2301.00774) and Wanda (2306.11695), by
+llm-compressor."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from eora import layers
+from eora import layers, smoothing
+from eora.architectures import linear_layers
+from eora.errors import Mistake
 from eora.streaming import BlockStream
 
 
@@ -30,6 +35,46 @@ def _groups(bits: int, group_size: int, sym: bool) -> dict[str, Any]:
     else:
         weights |= {"strategy": "channel"}
     return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
+@contextmanager
+def _without_pinning() -> Iterator[None]:
+    """Keep llm-compressor from pinning memory for a GPU where there is none, which ends its AWQ."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    pin = IntermediatesCache.pin_memory
+    if not torch.cuda.is_available():
+        IntermediatesCache.pin_memory = lambda *_: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pin
+
+
+@contextmanager
+def _known_to_awq(model: nn.Module) -> Iterator[None]:
+    """Name the mistake where llm-compressor finds no layers by the names that it has for them."""
+    try:
+        yield
+    except ValueError as error:
+        if "re:" not in str(error):
+            raise
+        raise Mistake(
+            f"compressions.<name>.method: llm-compressor's awq does not know which norm stands "
+            f"before which layer of {type(model).__name__}; name another method ({error})"
+        ) from error
+
+
+def _rescaled(original: BlockStream, model: nn.Module) -> Iterator[tuple[str, smoothing.Scales]]:
+    """Layers whose inputs or outputs AWQ rescaled: its weights are rounded when they are saved."""
+    for index in range(len(original)):
+        with original.block(index) as block:
+            for local, layer in linear_layers(block).items():
+                name = f"{original.name(index)}.{local}"
+                after = model.get_submodule(name).weight.detach().cpu()
+                if not layer.weight.equal(after):
+                    yield name, smoothing.between(layer.weight, after)
 
 
 def compress(
@@ -55,9 +100,9 @@ def compress(
 
     Args:
         folder: the original model; all of it is in host memory, a block at a time on the device.
-        out: the folder to make.
+        out: the folder to make; AWQ's scales are written beside it.
         input_ids: (samples, seqlen) calibration tokens, every sample full.
-        method: ``gptq``, or ``sparsegpt`` or ``wanda``, which prune.
+        method: ``gptq`` or ``awq``, or ``sparsegpt`` or ``wanda``, which prune.
         keep: layers left as they are: parts of their names.
         bits: of the rounding; None does not round.
         group_size: weights that share a scale; -1 is a whole row.
@@ -78,6 +123,7 @@ def compress(
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
     from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from loguru import logger
     from torch.utils.data import DataLoader
 
@@ -99,6 +145,11 @@ def compress(
     if method == "gptq":
         gptq = GPTQModifier(config_groups=rounding, ignore=ignore)
         oneshot(model, recipe=[gptq], **calibrated, **common)
+    elif method == "awq":
+        nearest = QuantizationModifier(config_groups=rounding, ignore=ignore)
+        with _without_pinning(), _known_to_awq(model):
+            oneshot(model, recipe=[AWQModifier(), nearest], **calibrated, **common)
+        smoothing.save(out.parent / smoothing.NAME, dict(_rescaled(skeleton, model)))
     else:
         share, structure = pattern(sparsity)
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]

@@ -236,19 +236,30 @@ class Costs:
 
     def _one_shot(self, model: Shapes, entry: Config) -> Cost:
         """llm-compressor's GPTQ, SparseGPT and Wanda: each layer of a block has a matrix of its
-        own, and the samples run through the block twice."""
+        own, and the samples run through the block twice. AWQ has none, and tries twenty scales on
+        each of the block's halves."""
         calibration = self.config["calibrations"][entry["calibration"]]
         where = f"calibrations.{entry['calibration']}"
         tokens = calibration["samples"] * calibration["seqlen"]
         block = model.largest
         squares = sum(layer.columns**2 * layer.copies for layer in block.layers)
         largest = max(block.layers, key=lambda layer: layer.columns)
+        awq = entry["method"] == "awq"
         working = (
             Term("the block's weights", block.parameters * model.bytes),
-            Term("the layers' second moments", squares * 4),
-            Term("the inverse of one, on its way", 3 * largest.columns**2 * 4),
             Term("a layer's weights in float32, on their way", 4 * largest.parameters * 4),
         )
+        if awq:
+            outputs = 4 * tokens * model.hidden * model.bytes
+            working += (
+                Term("the block's weights as they were", block.parameters * model.bytes),
+                Term("what the block reads and gives, rounded or not", outputs),
+            )
+        else:
+            working += (
+                Term("the layers' second moments", squares * 4),
+                Term("the inverse of one, on its way", 3 * largest.columns**2 * 4),
+            )
         states = Term(
             "samples' hidden states", 2 * tokens * model.hidden * model.bytes, f"{where}.samples"
         )
@@ -263,8 +274,8 @@ class Costs:
             host,
             self._compressed(model, entry),
             {
-                "products": 2 * 2 * tokens * active,
-                "single": products + 2 * solved,
+                "products": (2 + 20 * awq) * 2 * tokens * active,
+                "single": 0.0 if awq else products + 2 * solved,
                 "disk": model.stored,
             },
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from eora import covariance, decomposition
 from eora.architectures import dense_weight, linear_layers
 from eora.errors import Mistake
+from eora.smoothing import Smoothing
 from eora.solver import Metric, decompose
 from eora.streaming import BlockStream
 
@@ -178,6 +179,7 @@ def rescale(
     original: BlockStream,
     compressed: BlockStream,
     moments: Callable[[int], Path],
+    smoothing: Smoothing,
     copy: Path,
     rank: int,
     rounds: int,
@@ -188,6 +190,7 @@ def rescale(
     Args:
         original, compressed: the two models.
         moments: index of a block -> the file of its second moments.
+        smoothing: how the compression rescaled what layers read.
         copy: a copy of the compressed model's folder, whose scales are written over.
         rank, rounds: see :func:`rescale_layer`.
         progress: wraps the block indices, for a progress bar.
@@ -201,12 +204,13 @@ def rescale(
     left: dict[str, float] = {}
     for index in progress(range(len(original))):
         inputs = covariance.Moments(moments(index))
-        metric = decomposition.metrics(inputs, original.device, "eora")
+        block_name = original.name(index)
+        metric = decomposition.metrics(inputs, original.device, "eora", smoothing, block_name)
         shares = []
         with original.block(index) as exact, compressed.block(index) as approximate:
             layers = linear_layers(approximate)
             for local, layer in linear_layers(exact).items():
-                name = f"{original.name(index)}.{local}"
+                name = f"{block_name}.{local}"
                 try:
                     found = rounded(layers[local])
                 except Mistake as error:
@@ -216,14 +220,14 @@ def rescale(
                     ) from None
                 if found is None:
                     continue
-                weight = dense_weight(layer).float()
+                weight = smoothing.weight(name, dense_weight(layer).float())
                 scales, share = rescale_layer(weight, found, metric(local), rank, rounds)
                 shares.append(share)
                 old = getattr(layers[local], found.stored)
                 new = (scales.T if found.transposed else scales).reshape(old.shape).to(old.dtype)
                 _write_over(compressed, copy, f"{name}.{found.stored}", new)
         if shares:
-            left[original.name(index)] = sum(shares) / len(shares)
+            left[block_name] = sum(shares) / len(shares)
     if not left:
         raise Mistake(
             "compressions.<name>.compression: it has no rounded layer, so no scales; "

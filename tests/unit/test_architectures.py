@@ -23,6 +23,7 @@ from eora import (
     lowrank,
     packing,
     rounding,
+    smoothing,
     sources,
     streaming,
 )
@@ -318,8 +319,9 @@ def fit(original, compressed, samples, out):
     covariance.run_shard(streams[0], blocks, data, None, out, keep)
     factors = out / "factors"
     factors.mkdir()
+    plain = smoothing.Smoothing(out)
     for index in blocks:
-        decomposition.decompose_block(*streams, index, out, factors, 99, "eora")
+        decomposition.decompose_block(*streams, index, out, factors, 99, "eora", plain)
     files = block_files.listed(factors)
     pairs, curves = factor_files.slice_rank(files, RANK)
     assert all(curve[RANK] < 0.8 * curve[0] for curve in curves.values())

@@ -172,7 +172,7 @@ MISTAKES = {
     "bits of a checkpoint": (
         "compressions.w2",
         EXISTING | {"bits": 4},
-        "goes with autoround, gptq, sparsegpt, wanda, not with existing; remove it",
+        "goes with autoround, gptq, awq, sparsegpt, wanda, not with existing; remove it",
     ),
     "calibration of a checkpoint": (
         "compressions.w2",
@@ -232,7 +232,7 @@ MISTAKES = {
     "bits of new scales": (
         "compressions.again",
         RESCALED | {"bits": 2},
-        "goes with autoround, gptq, sparsegpt, wanda, not with rescale; remove it",
+        "goes with autoround, gptq, awq, sparsegpt, wanda, not with rescale; remove it",
     ),
     "rank of AutoRound": (
         "compressions.w2.rank",

@@ -22,6 +22,9 @@ DTYPE_BITS = {
     "F4": 4,
 }
 
+# Written beside a compressed model, see eora.smoothing.
+SMOOTHING = "smoothing.safetensors"
+
 # What formats call a layer's weights; what else lies beside them scales them.
 WEIGHTS = {"weight", "qweight", "weight_packed"}
 
@@ -51,11 +54,13 @@ def read_manifest(path: Path, what: str) -> dict[str, Any]:
 
 
 def tensors(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """All tensors of a manifest, as {(file, tensor name): {"dtype", "shape"}}."""
+    """All tensors of a manifest, as {(file, tensor name): {"dtype", "shape"}}; but those that tell
+    how a compression came about, which no model loads."""
     return {
         (file, name): tensor
         for file, inside in manifest.get("tensors", {}).items()
         for name, tensor in inside.items()
+        if file != SMOOTHING
     }
 
 
