@@ -68,7 +68,7 @@ def main(
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
-    from eora import architectures, block_files, covariance, streaming
+    from eora import architectures, block_files, covariance, shapes, streaming
 
     torch.backends.cuda.matmul.allow_tf32 = spec.tf32
     notes: dict = {}
@@ -79,7 +79,7 @@ def main(
             streaming.compute_dtype(model / "model", where),
             spec.trust_remote_code,
         )
-        blocks = streaming.shard_range(spec.shard, spec.shards, len(stream))
+        blocks = shapes.shard_range(spec.shard, spec.shards, len(stream))
         data = load_file(tokens / "tokens.safetensors")
         batches = covariance.batches(data["input_ids"], data["lengths"], batch_size)
         given = {} if hidden is None else load_file(hidden)

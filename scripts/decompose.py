@@ -45,7 +45,7 @@ def main(
     where = cli.device(device)
     from tqdm import tqdm
 
-    from eora import decomposition, smoothing, streaming
+    from eora import decomposition, shapes, smoothing, streaming
 
     with result.publish() as folder:
         original = streaming.BlockStream(
@@ -57,7 +57,7 @@ def main(
         scales = smoothing.Smoothing(compressed)
         factors = folder / "factors"
         factors.mkdir()
-        blocks = streaming.shard_range(spec.shard, spec.shards, len(original))
+        blocks = shapes.shard_range(spec.shard, spec.shards, len(original))
         for index in tqdm(blocks, desc="blocks", unit="block"):
             decomposition.decompose_block(
                 original,

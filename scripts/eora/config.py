@@ -24,7 +24,6 @@ Config = dict[str, Any]
 
 ORIGINAL = "original"
 _BLOCK = re.compile(r"\.\d+\.")
-_ROUTER = re.compile(r"\.(shared_expert_)?(gate|router)\.")  # of experts: they get no adapter
 _TYPES = {
     "object": "a section (keys with values below it)",
     "array": "a list",
@@ -628,10 +627,7 @@ def check_ranks(model: manifest.Manifest, name: str, ranks: dict[str, list[int]]
     widths = {
         layer: min(entry["shape"])
         for layer, entry in manifest.tensors(model).items()
-        if layer.endswith(".weight")
-        and len(entry["shape"]) == 2
-        and _BLOCK.search(layer)
-        and not _ROUTER.search(layer)
+        if layer.endswith(".weight") and len(entry["shape"]) == 2 and _BLOCK.search(layer)
     }
     if not widths:
         return

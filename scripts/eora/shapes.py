@@ -33,6 +33,11 @@ _TOGETHER = {
 _ROUTERS = ("mlp.gate", "router", "block_sparse_moe.gate", "shared_expert_gate")
 
 
+def shard_range(shard: int, shards: int, blocks: int) -> range:
+    """Blocks of shard k of K in a model of L: floor(kL/K) to floor((k+1)L/K)."""
+    return range(shard * blocks // shards, (shard + 1) * blocks // shards)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A linear layer of a block, or all experts' layers of one name.
@@ -117,9 +122,8 @@ class Shapes:
         return max(self.blocks, key=lambda block: block.parameters)
 
     def share(self, shard: int, shards: int) -> tuple[Block, ...]:
-        """Blocks of shard k of K in a model of L: floor(kL/K) to floor((k+1)L/K)."""
-        count = len(self.blocks)
-        return self.blocks[shard * count // shards : (shard + 1) * count // shards]
+        """The blocks of one shard."""
+        return tuple(self.blocks[i] for i in shard_range(shard, shards, len(self.blocks)))
 
 
 def shapes(tensors: Tensors, experts: int = 1) -> Shapes:

@@ -80,11 +80,6 @@ def compute_dtype(folder: Path, device: str) -> torch.dtype | None:
     return None if fast and stored == {"BF16"} else torch.float32
 
 
-def shard_range(shard: int, shards: int, blocks: int) -> range:
-    """Blocks of shard k of K in a model of L: floor(kL/K) to floor((k+1)L/K)."""
-    return range(shard * blocks // shards, (shard + 1) * blocks // shards)
-
-
 class BlockStream:
     """A causal language model in a safetensors folder, with one decoder block loaded at a time.
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import symmetric
-from eora import block_files, covariance, streaming, triangles
+from eora import block_files, covariance, shapes, streaming, triangles
 
 SEQLEN = 24
 
@@ -37,7 +37,7 @@ def collect(folder, samples, batch_size, shards=1, dtype=torch.float32):
         tokens.update(m.tokens for m in block.moments.values())
 
     for shard in range(shards):
-        blocks = streaming.shard_range(shard, shards, len(stream))
+        blocks = shapes.shard_range(shard, shards, len(stream))
         with tempfile.TemporaryDirectory() as spill:
             hidden = covariance.run_shard(stream, blocks, data, hidden, Path(spill), keep).clone()
     return found, tokens

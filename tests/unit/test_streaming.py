@@ -5,14 +5,14 @@ import torch
 from auto_round_extension.torch.qlinear_torch import QuantLinear
 from transformers import AutoModelForCausalLM
 
-from eora import architectures, streaming
+from eora import architectures, shapes, streaming
 from eora.errors import Mistake
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
 @pytest.mark.parametrize("blocks", [1, 3, 30, 64])
 def test_shards_cover_every_block_once(shards, blocks):
-    covered = [i for k in range(shards) for i in streaming.shard_range(k, shards, blocks)]
+    covered = [i for k in range(shards) for i in shapes.shard_range(k, shards, blocks)]
     assert covered == list(range(blocks))
 
 
