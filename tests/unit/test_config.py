@@ -940,6 +940,18 @@ JOBS = {
         "quantize_adapter": 3 * 2,
         "evaluate": 1 + 1 + 3 * 2 * 2,  # beside an adapter they are not judged without one
     },
+    "smollm2-rounding": {
+        "download_model": 1,
+        "download_dataset": 2,
+        "check_model": 1,
+        "tokenize": 2,
+        "compress": 4,
+        "covariance": 1,
+        "decompose": 4,
+        "adapter": 4,
+        "quantize_adapter": 4,
+        "evaluate": 1 + 3 + 4,
+    },
     "smollm2-around": {
         "download_model": 1,
         "download_dataset": 2,
