@@ -91,8 +91,8 @@ def _job(
     reasons = told & set(_REASONS)
     if not reasons:
         return Job(rule, folder, place, runs, "follows")
-    # Snakemake tells one reason of several: other inputs may come with other parameters.
-    if place is not None and reasons & {"set of input files changed", "params changed"}:
+    # Snakemake tells one reason of several: other inputs may be newer, or have other parameters.
+    if place is not None:
         why += _other_inputs(config, place, rows[0]["input-file(s)"].split(","), results)
     why = why or [_REASONS[reason] for reason in sorted(reasons)]
     return Job(rule, folder, place, runs, "stale", why)

@@ -331,12 +331,13 @@ def test_hidden_states_are_not_kept(pipeline):
     assert not list(pipeline.results.rglob("hidden.safetensors"))
 
 
-def test_a_rank_wider_than_a_layer_is_refused_before_any_job(pipeline, tmp_path):
+def test_a_rank_wider_than_all_layers_is_refused_before_any_job(pipeline, tmp_path):
     config = pipeline.config | {
-        "adapters": {"eora": pipeline.config["adapters"]["eora"] | {"ranks": [33], "max_rank": 64}}
+        "adapters": {"eora": pipeline.config["adapters"]["eora"] | {"ranks": [65], "max_rank": 96}}
     }
     for folder in (tmp_path, pipeline.folder):  # before and after the model was fetched
         done = type(pipeline)(folder, config).snakemake("--dry-run")
         assert done.returncode != 0
-        assert "k_proj" in done.stdout and "lower the rank to at most 32" in done.stdout
+        assert "all layers of model tiny" in done.stdout
+        assert "lower the rank to at most 64" in done.stdout
         assert "Job" not in done.stdout
