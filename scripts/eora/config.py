@@ -445,6 +445,11 @@ def _around_mistakes(where: str, around: Config, config: Config) -> Iterator[str
             f"{where}.compression: {around['compression']} is an existing checkpoint, which "
             "belongs to one model; name one that is made of every model"
         )
+    if any(config["compressions"][name]["method"] == "awq" for name in before):
+        yield (
+            f"{where}.compression: {around['compression']} is made by awq, whose adapters stand "
+            "beside layers that it rescaled, not beside the original's; name one by another method"
+        )
 
 
 def _rescale_mistakes(where: str, entry: Config, config: Config) -> Iterator[str]:

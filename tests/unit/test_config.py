@@ -244,6 +244,14 @@ MISTAKES = {
         {"w4": EXISTING, "again": AGAIN | {"around": AROUND | {"compression": "w4"}}},
         "w4 is an existing checkpoint, which belongs to one model; name one that is made of",
     ),
+    "around an adapter of rescaled layers": (
+        "compressions",
+        {
+            "w4": {"method": "awq", "bits": 4, "calibration": "c"},
+            "again": AGAIN | {"around": AROUND | {"compression": "w4"}},
+        },
+        "w4 is made by awq, whose adapters stand beside layers that it rescaled",
+    ),
     "gptq around an adapter": (
         "compressions.again",
         AGAIN | {"method": "gptq"},
@@ -334,6 +342,7 @@ NAMED = {
     "scales beside no rank": "compressions.again.rank",
     "bits of new scales": "compressions.again.bits",
     "around a checkpoint": "compressions.again.around.compression",
+    "around an adapter of rescaled layers": "compressions.again.around.compression",
     "gptq around an adapter": "compressions.again.around",
     "tuned in few bits": "adapters.f.tune",
     "tuned on an unknown calibration": "adapters.f.tune.calibration",
