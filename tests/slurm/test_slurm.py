@@ -139,13 +139,23 @@ def forget(made, *folders):
     return ["--", *(f"results/{folder}/{manifest.NAME}" for folder in folders)]
 
 
-def frozen(made, folder):
-    """Wait until a process fills a result's folder, and stop it right there."""
-    partials = (made.results / folder).glob
-    (partial,) = until(lambda: list(partials(".partial-*")), f"a job at {folder}")
-    pid = int(partial.name.rpartition("-")[2])
-    os.kill(pid, signal.SIGSTOP)
-    return pid
+def frozen(made, *folders):
+    """Wait until a process fills each result's folder, and stop it right there; the processes.
+
+    They are looked for together: one may be done before the other begins.
+    """
+    pids = {}
+
+    def all_stopped():
+        for folder in folders:
+            for partial in (made.results / folder).glob(".partial-*"):
+                if folder not in pids:
+                    pids[folder] = int(partial.name.rpartition("-")[2])
+                    os.kill(pids[folder], signal.SIGSTOP)
+        return len(pids) == len(folders)
+
+    until(all_stopped, f"jobs at {', '.join(folders)}")
+    return list(pids.values())
 
 
 def running(slurm, made, name):
@@ -183,7 +193,7 @@ def test_two_cards_run_two_decompositions_and_deaths_are_made_up_for(
     """One decomposition is cancelled; an evaluation gets too little memory, and then more."""
     little = ["--set-resources", "evaluate:mem_mb=550*attempt-300"]
     with again.going(*little, *forget(again, *SHARDS, JUDGED)) as snakemake:
-        pids = [frozen(again, folder) for folder in SHARDS]
+        pids = frozen(again, *SHARDS)
         jobs = running(slurm, again, "decompose")
         assert len(jobs) == 2 and len({job["GRES"] for job in jobs}) == 2  # cards by their index
         run("scancel", jobs[0]["JobId"])
@@ -205,7 +215,7 @@ def test_snakemake_is_killed_and_its_jobs_live_on(slurm, again, local):
     """Nobody submits them twice without a word, and what they made is not made again."""
     targets = forget(again, *SHARDS)
     with again.going(*targets) as snakemake:
-        pids = [frozen(again, folder) for folder in SHARDS]
+        pids = frozen(again, *SHARDS)
         snakemake.process.kill()
     assert "--unlock" in again.snakemake(*targets).stdout
     assert again.snakemake("--unlock").returncode == 0
@@ -321,7 +331,7 @@ def test_a_job_of_a_lost_node_is_queued_again(slurm, finished, hanging, again, l
     """SLURM loses sight of it in the middle of its work; what lives on of it does no harm."""
     folder = SHARDS[0]
     with again.going(*forget(again, folder)) as snakemake:
-        first = frozen(again, folder)
+        (first,) = frozen(again, folder)
         slurm.lose(*running(slurm, again, "decompose"))
         with suppress(ProcessLookupError):
             os.kill(first, signal.SIGCONT)
