@@ -250,10 +250,10 @@ class Costs:
             Term("a layer's weights in float32, on their way", 4 * largest.parameters * 4),
         )
         if awq:
-            outputs = 4 * tokens * model.hidden * model.bytes
+            states = tokens * (5 * model.hidden + largest.columns) * model.bytes
             working += (
                 Term("the block's weights as they were", block.parameters * model.bytes),
-                Term("what the block reads and gives, rounded or not", outputs),
+                Term("what its parts read and give", states, f"{where}.samples"),
             )
         else:
             working += (

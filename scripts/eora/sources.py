@@ -205,7 +205,9 @@ def compressed_already(stored: dict[str, Any]) -> str | None:
 
 def _code_from_elsewhere(stored: dict[str, Any]) -> str | None:
     """The first of a model's classes whose code lies in another repository, or None."""
-    classes = [c for some in stored.get("auto_map", {}).values() for c in _listed(some) if c]
+    told = stored.get("auto_map") or {}  # a list in older tokenizers' configs
+    values = told.values() if isinstance(told, dict) else [told]
+    classes = [c for some in values for c in _listed(some) if c]
     return next((name for name in classes if "--" in name), None)
 
 

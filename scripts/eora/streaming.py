@@ -172,10 +172,15 @@ class BlockStream:
             return file.get_slice(stored.name)[stored.part]
         return file.get_tensor(stored.name)
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        """A stored tensor on the device, in the stream's dtype."""
-        dtype = self.dtype if tensor.is_floating_point() else None
-        return tensor.to(self.device, dtype)
+    def _cast(self, tensor: Tensor, name: str) -> Tensor:
+        """A stored tensor on the device, in the stream's dtype; as it is stored where transformers
+        keeps it in float32, such as what chooses among experts."""
+        kept = {
+            *(getattr(self.model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()),
+        }
+        floating = tensor.is_floating_point() and not any(part in name for part in kept)
+        return tensor.to(self.device, self.dtype if floating else None)
 
     def _read_ahead(self, index: int) -> None:
         """Have the system read block ``index`` into its page cache while this one computes.
@@ -202,7 +207,7 @@ class BlockStream:
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
             if full in self._stored:
-                value = self._cast(self.tensor(full))
+                value = self._cast(self.tensor(full), full)
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
                     parameter._is_hf_initialized = True  # _init_weights below leaves it alone
@@ -270,7 +275,8 @@ class BlockStream:
         wanted, positions = input_ids.unique(return_inverse=True)
         embedding = self.model.get_submodule(self._embedding)
         table = embedding.weight
-        rows = self._cast(self.tensor(f"{self._embedding}.weight")[wanted])
+        table_name = f"{self._embedding}.weight"
+        rows = self._cast(self.tensor(table_name)[wanted], table_name)
         self._open.clear()
         recorders = [architectures.Recorder(block) for block in self.blocks]
         recorders[-1].last = True

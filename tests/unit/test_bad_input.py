@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from conftest import ROOT, SENTENCES, make_tokenizer
 from eora import config as cfg
-from eora import covariance, manifest
+from eora import covariance, manifest, sources
+from eora.errors import Mistake
 
 SCHEMA = cfg.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 
@@ -368,6 +369,17 @@ def test_code_of_another_repository(model, tmp_path, capfd):
     params = {"source": {}, "version": 1, "trust_remote_code": True}
     message = refused(capfd, tmp_path / "out", *args, params=params)
     assert "auto_map names them/code--own.Tokenizer, code of another repository" in message
+
+
+@pytest.mark.parametrize("told", [["them/code--own.Tokenizer", None], None])
+def test_code_that_older_tokenizers_name_in_a_list(told, tmp_path):
+    put("config.json", '{"model_type": "llama"}')(tmp_path)
+    put("tokenizer_config.json", json.dumps({"auto_map": told}))(tmp_path)
+    if told is None:
+        sources.check_kind(tmp_path, code=True)
+        return
+    with pytest.raises(Mistake, match="code of another repository"):
+        sources.check_kind(tmp_path, code=True)
 
 
 def test_a_model_that_is_a_file(model, tmp_path, capfd):
