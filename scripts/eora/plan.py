@@ -237,7 +237,7 @@ class Costs:
     def _one_shot(self, model: Shapes, entry: Config) -> Cost:
         """llm-compressor's GPTQ, SparseGPT and Wanda: each layer of a block has a matrix of its
         own, and the samples run through the block twice. AWQ has none, and tries twenty scales on
-        each of the block's halves."""
+        each of the block's parts."""
         calibration = self.config["calibrations"][entry["calibration"]]
         where = f"calibrations.{entry['calibration']}"
         tokens = calibration["samples"] * calibration["seqlen"]
