@@ -102,12 +102,14 @@ def main(
     notes: dict[str, Any] = {}
     with result.publish(notes) as folder:
         if checkpoint is not None:
-            from eora import existing
+            from eora import existing, smoothing
 
-            notes["weight_error"] = existing.check(
-                model / "model", checkpoint / "model", spec.trust_remote_code
+            existing.take(checkpoint / "model", folder / "model", spec.trust_remote_code)
+            notes["weight_error"], scales = existing.check(
+                model / "model", folder / "model", spec.trust_remote_code, checkpoint / "model"
             )
-            existing.take(checkpoint / "model", folder / "model")
+            if scales:
+                smoothing.save(folder / smoothing.NAME, scales)
             return
         if compressed is not None:
             notes["output_error"] = _rescale(

@@ -8,6 +8,7 @@ does not depend on batch size or order beyond float rounding.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -227,17 +228,15 @@ def fill_experts(block: BlockMoments, moe: dict[str, Experts], minimum: int) -> 
     return few
 
 
-# Of the memory that is left: jobs ask for a quarter more than the plan says, so one that got it has
-# room for the states, whatever share of it they are.
-_SHARE = 0.8
+def _room() -> float:
+    """Bytes of host memory that hidden states may take.
 
-
-def _host_memory() -> int:
-    """Bytes of host memory left to this process: the machine's, or those of its cgroups (jobs).
-
-    Pages of files that were read count as used by a cgroup, which gives them up when asked.
+    Half of what the machine has left, as others take of it too. Of a job's own memory, which its
+    cgroups limit, more: jobs ask for a quarter above the plan, so one that was granted it has room
+    for the states, whatever share of it they are. Pages of files that were read count as used by a
+    cgroup, which gives them up when asked.
     """
-    free = psutil.virtual_memory().available
+    free, granted = psutil.virtual_memory().available, math.inf
     own, root = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     if own.exists():
         innermost = root / own.read_text().rpartition("::")[2].strip().lstrip("/")
@@ -245,10 +244,10 @@ def _host_memory() -> int:
             try:
                 limit, used = ((group / f"memory.{n}").read_text() for n in ("max", "current"))
                 told = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
-                free = min(free, int(limit) - int(used) + int(told["inactive_file"]))
+                granted = min(granted, int(limit) - int(used) + int(told["inactive_file"]))
             except (OSError, ValueError, KeyError):  # no such group, or no limit
                 continue
-    return free
+    return free / 2 if math.isinf(granted) else 0.8 * min(free, granted)
 
 
 class Hidden:
@@ -266,7 +265,7 @@ class Hidden:
     def __init__(self, like: Tensor, tokens: int, spill: Path):
         self.device = like.device
         size, dtype = tokens * like.numel(), like.dtype
-        if size * dtype.itemsize > _SHARE * _host_memory():
+        if size * dtype.itemsize > _room():
             with (spill / "hidden.spilled").open("wb") as file:
                 # A full disk is told here; met in the mapping, it would kill the process.
                 if hasattr(os, "posix_fallocate"):  # macOS has none

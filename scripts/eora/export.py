@@ -216,9 +216,7 @@ def merge(source: Source, out: Path, trust_remote_code: bool = False) -> None:
     from eora import loading
 
     folder = source.compressed / "model"
-    model, tokenizer = loading.load(
-        folder, source.adapter / "adapter", trust_remote_code=trust_remote_code
-    )
+    model, tokenizer = loading.load(folder, trust_remote_code=trust_remote_code)
     stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
-    loading.merged(model).to(stored).save_pretrained(out)
+    loading.merge(model, source.adapter / "adapter").to(stored).save_pretrained(out)
     tokenizer.save_pretrained(out)

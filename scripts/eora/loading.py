@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from eora.architectures import dense_weight, is_packed, kept_conversions
 from eora.errors import Mistake
 from eora.formats import COMPRESSED_TENSORS, kernel, quantization_format, read_config
-from eora.lowrank import LowRankLinear, attach
+from eora.lowrank import attach, beside
 
 
 def forget_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,9 +42,9 @@ def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
 
 def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
-    for name, layer in list(model.named_modules()):
-        if not is_packed(layer):
-            continue
+    # By name: a list of the layers would keep the packed ones beside the dense until the end.
+    for name in [name for name, layer in model.named_modules() if is_packed(layer)]:
+        layer = model.get_submodule(name)
         weight = dense_weight(layer).to(dtype)
         bias = getattr(layer, "bias", None)
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -107,14 +107,14 @@ def load(
     return model.eval(), tokenizer
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Put plain layers that hold the sum in the place of layers with an adapter, in place.
+def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Add an adapter's products to the weights of a model's layers, in place.
 
-    The sum of the layer's weight and the adapter's product is taken in float32 and rounded to the
-    layer's dtype.
+    The sum is taken in float32, of factors as they are stored, and rounded to the layer's dtype.
 
     Args:
-        model: loaded with an adapter on a CPU, so that the layers beside it are dense.
+        model: loaded on a CPU, so that its layers are dense.
+        adapter: adapter folder of ours, 16-bit (PEFT format) or packed.
 
     Raises:
         Mistake: the architecture has no layer of that name; loading a quantized mixture of experts
@@ -122,9 +122,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     """
     with torch.device("meta"):
         plain = type(model)(model.config)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LowRankLinear):
-            continue
+    for name, layer, factors in beside(model, adapter):
         try:
             target = plain.get_submodule(name)
         except AttributeError:
@@ -132,12 +130,12 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
                 f"{name} is a part of fused experts in {type(model).__name__}: such models cannot "
                 "be merged; export the adapter by itself"
             ) from None
-        a, b = layer.factors.matrices(torch.float32)
-        weight = dense_weight(layer.base)
+        a, b = factors.matrices(torch.float32)
+        weight = dense_weight(layer)
         weight = (weight.float() + b @ a).to(weight.dtype)
         if isinstance(target, Conv1D):  # (in, out)
             weight = weight.T
         target.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        target.bias = layer.base.bias
+        target.bias = layer.bias
         model.set_submodule(name, target)
     return model

@@ -6,6 +6,7 @@ Low-bit factors stay packed in memory and are unpacked for the one layer that is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,6 +75,24 @@ def load_factors(folder: Path) -> dict[str, Factors | PackedFactors]:
     return {layer: Factors(a, b) for layer, (a, b) in adapters.load_peft(folder).items()}
 
 
+def beside(
+    model: nn.Module, folder: Path
+) -> Iterator[tuple[str, nn.Module, Factors | PackedFactors]]:
+    """Layer name, the model's layer and its factors, for every layer of an adapter folder.
+
+    Raises:
+        Mistake: the adapter names a layer that the model does not have.
+    """
+    for name, factors in load_factors(folder).items():
+        try:
+            yield name, model.get_submodule(name), factors
+        except AttributeError:
+            raise Mistake(
+                f"{folder} is for another model, as this one has no layer {name}; "
+                "name the adapter's own"
+            ) from None
+
+
 def attach(model: nn.Module, folder: Path) -> nn.Module:
     """Put an adapter folder beside the model's layers, in place; factors, or their scales, in the
     dtype that the model computes in.
@@ -81,17 +100,8 @@ def attach(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         Mistake: the adapter names a layer that the model does not have.
     """
-    for layer, factors in load_factors(folder).items():
-        parent_name, _, leaf = layer.rpartition(".")
-        try:
-            base = model.get_submodule(layer)
-        except AttributeError:
-            raise Mistake(
-                f"{folder} is for another model, as this one has no layer {layer}; "
-                "name the adapter's own"
-            ) from None
-        tensor = next((t for t in (*base.parameters(), *base.buffers())), None)
+    for name, layer, factors in beside(model, folder):
+        tensor = next((t for t in (*layer.parameters(), *layer.buffers())), None)
         device = "cpu" if tensor is None else tensor.device
-        wrapped = LowRankLinear(base, factors.to(device, model.dtype))
-        setattr(model.get_submodule(parent_name), leaf, wrapped)
+        model.set_submodule(name, LowRankLinear(layer, factors.to(device, model.dtype)))
     return model

@@ -9,12 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eora import layers, smoothing
 from eora.architectures import linear_layers
 from eora.errors import Mistake
 from eora.streaming import BlockStream
+
+# Tokens that tell whether a rescaled model still gives the original's logits, and how far rounding
+# to 16 bits in each layer may take those, relative to their norm.
+LOOK = 64
+ROUNDING = 0.1
 
 
 def pattern(sparsity: str) -> tuple[float, str]:
@@ -40,7 +46,6 @@ def _groups(bits: int, group_size: int, sym: bool) -> dict[str, Any]:
 @contextmanager
 def _without_pinning() -> Iterator[None]:
     """Keep llm-compressor from pinning memory for a GPU where there is none, which ends its AWQ."""
-    import torch
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     pin = IntermediatesCache.pin_memory
@@ -64,6 +69,28 @@ def _known_to_awq(model: nn.Module) -> Iterator[None]:
             f"compressions.<name>.method: llm-compressor's awq does not know which norm stands "
             f"before which layer of {type(model).__name__}; name another method ({error})"
         ) from error
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Of the first few tokens, with the weights as they are before they are rounded; float32."""
+    from llmcompressor.utils import DisableQuantization
+
+    with torch.inference_mode(), DisableQuantization(model):
+        return model(input_ids[:1, :LOOK]).logits.float().cpu()
+
+
+def _check_same(before: Tensor, after: Tensor, model: nn.Module) -> None:
+    """Refuse a model that is another one once channels are rescaled.
+
+    Of a class that llm-compressor has no names for it takes Llama's without a word, though what
+    stands between two layers may not let scales through.
+    """
+    gap = ((after - before).norm() / before.norm()).item()
+    if not gap <= ROUNDING:
+        raise Mistake(
+            f"compressions.<name>.method: awq does not fit {type(model).__name__}: rescaled, and "
+            f"before any rounding, its logits are {gap:.0%} off; name another method"
+        )
 
 
 def _rescaled(original: BlockStream, model: nn.Module) -> Iterator[tuple[str, smoothing.Scales]]:
@@ -110,14 +137,13 @@ def compress(
         sparsity: see :func:`pattern`; of the methods that prune.
 
     Raises:
-        Mistake: the settings do not fit the model's layers.
+        Mistake: the settings, or the method, do not fit the model's layers.
     """
     skeleton = BlockStream(folder, "cpu", trust_remote_code=trust_remote_code)
     layers.check_plain(skeleton, "compressions.<name>.method")
     groups = -1 if bits is None else group_size
     chosen = set(layers.chosen(skeleton, groups, keep))
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
-    import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
@@ -147,8 +173,10 @@ def compress(
         oneshot(model, recipe=[gptq], **calibrated, **common)
     elif method == "awq":
         nearest = QuantizationModifier(config_groups=rounding, ignore=ignore)
+        before = _logits(model, input_ids.long())
         with _without_pinning(), _known_to_awq(model):
             oneshot(model, recipe=[AWQModifier(), nearest], **calibrated, **common)
+        _check_same(before, _logits(model, input_ids.long()), model)
         smoothing.save(out.parent / smoothing.NAME, dict(_rescaled(skeleton, model)))
     else:
         share, structure = pattern(sparsity)

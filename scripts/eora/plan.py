@@ -196,15 +196,19 @@ class Costs:
         return self._autoround(model, compression)
 
     def _take(self, model: Shapes) -> Cost:
-        """Comparing an existing checkpoint with the original, on the CPU."""
+        """Comparing an existing checkpoint with the original, on the CPU; AutoAWQ's format is
+        written in another first, file by file."""
         block = model.largest
         layer = max(block.layers, key=lambda layer: layer.parameters)
+        python = Term("Python", IMPORTS["decompose"] * GB)
         comparing = (
-            Term("Python", IMPORTS["decompose"] * GB),
+            python,
             Term("a block's weights, and the same compressed", 2 * block.parameters * 2),
-            Term("a layer's weights in float32", 3 * layer.parameters * 4),
+            Term("both in float32", 2 * block.parameters * 4),
+            Term("a layer's weights while they are compared", 4 * layer.parameters * 4),
         )
-        return Cost((), (comparing,), 0.0, {"disk": 2 * model.stored})
+        writing = (python, Term("a file of weights, twice", 2 * min(model.stored / 3, 5 * GB)))
+        return Cost((), (comparing, writing), 0.0, {"disk": 2 * model.stored})
 
     def _rescale(self, model: Shapes, compression: str) -> Cost:
         """Scales of a compressed model, fitted layer by layer in turn with an adapter."""
@@ -539,9 +543,12 @@ class Costs:
             length = QUESTION_TOKENS
             tokens, at_once = entry.get("limit", QUESTIONS) * length, batch
         compression = {} if variant.compression is None else self._stored(variant.compression)
-        rounded = "bits" in compression or compression.get("method") == "existing"
-        # Kept packed where there are kernels: on a GPU, and not for llm-compressor's.
-        packed = rounded and self.cuda and compression["method"] not in ONE_SHOT
+        method = compression.get("method")
+        rounded = "bits" in compression or method == "existing"
+        # As eora.loading does: packed on a GPU, but for what llm-compressor made. Of an existing
+        # checkpoint that is not known before it is here, so that it counts as both.
+        packed = rounded and self.cuda and method not in ONE_SHOT
+        dense = rounded and (not packed or method == "existing")
         loaded = self._compressed(model, compression) if packed else model.stored
         setting = f"tasks.{task}.batch_size" if "batch_size" in entry else "runtime.batch_size"
         largest = max(model.layers, key=lambda layer: layer.rows * layer.columns)
@@ -564,9 +571,8 @@ class Costs:
         if packed:
             unpacked = Term("a layer, unpacked", largest.rows * largest.columns * 10)
             phases = [(*working, unpacked)]
-        elif rounded:  # made dense once, layer by layer
-            layers = Term("packed layers", self._packed(compression, model.layers))
-            phases.append((working[0], layers, *_dequantizing(largest)))
+        if dense:  # once, layer by layer
+            phases.append((Term("the model", model.stored), *_dequantizing(largest)))
         device, host = self._memory("evaluate", *phases)
         if self.cuda:  # one file of weights on its way; transformers cuts them at 50 GB at most
             host = tuple((*p, Term("weights on their way", min(loaded, 5 * GB))) for p in host)

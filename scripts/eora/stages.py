@@ -188,7 +188,7 @@ STAGES = {
     "prepare_task": Stage("tasks/{task}", 1, _prepare_task),
     "tokenize": Stage("tokens/{model}/{calibration}", 1, _tokenize),
     "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
-    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 2, _covariance),
+    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 3, _covariance),
     "decompose": Stage(
         "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 3, _decompose
     ),
@@ -206,7 +206,7 @@ STAGES = {
     ),
     "evaluate": Stage("evaluations/{model}/{variant}/{task}", 2, _evaluate, "results.json"),
 }
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 
 
 def params(config: Config, stage: str, wildcards: Mapping[str, str]) -> Params:

@@ -135,9 +135,15 @@ def perplexity_windows(
     else:
         stream = tokenizer(join.join(rows), verbose=False)["input_ids"]
     found = _cut(stream, length)
-    if len(found) < (count or 1):
+    if len(found) < (1 if count is None else count):
+        have = f"{len(stream):,} tokens"
+        if count is None:
+            raise Mistake(
+                f"tasks.<name>.window: the data set has {have}, fewer than one window of "
+                f"{length:,}; lower it, or name a larger data set"
+            )
         keys = ("tasks.<name>.windows", "tasks.<name>.window")
-        raise _too_few(keys, count or 1, length, f"{len(stream):,} tokens", len(found))
+        raise _too_few(keys, count, length, have, len(found))
     return torch.tensor(found[:count], dtype=torch.int32)
 
 

@@ -21,6 +21,7 @@ from eora import (
     layers,
     loading,
     lowrank,
+    oneshot,
     packing,
     rounding,
     smoothing,
@@ -92,7 +93,7 @@ FAMILIES = {
 def make(folder, kind, changes):
     """Save a tiny random model of a model type, with biases that are not zero."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **changes, dtype="float32")
+    config = AutoConfig.for_model(kind, **SIZES | changes, dtype="float32")
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -373,10 +374,24 @@ def test_peft_takes_the_adapter_of_transposed_layers(folders, samples, tmp_path)
         torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-4, atol=1e-4)
         merged = theirs.merge_and_unload()  # the weights are transposed here
         torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-3, atol=1e-3)
-        loading.merged(model).save_pretrained(tmp_path / "merged")
+        plain = AutoModelForCausalLM.from_pretrained(folders("gpt2"))
+        loading.merge(plain, tmp_path).save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(ours, again(ids).logits, rtol=1e-3, atol=1e-3)
     assert (ours - before).abs().max() > 0.1
+
+
+def test_merging_takes_factors_as_they_are_stored(folders, tmp_path):
+    """They have 11 bits of precision; a model in bfloat16 8, to which the sum alone is rounded."""
+    torch.manual_seed(0)
+    name = "model.layers.0.mlp.up_proj"
+    pair = torch.randn(RANK, 32), torch.randn(64, RANK)
+    adapters.save_peft(tmp_path, {name: pair}, "tiny")
+    model = AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.bfloat16)
+    before = model.get_submodule(name).weight.detach().clone()
+    a, b = (factor.half().float() for factor in pair)
+    after = loading.merge(model, tmp_path).get_submodule(name).weight
+    assert torch.equal(after, (before.float() + b @ a).bfloat16())
 
 
 def test_fused_experts_are_not_merged(folders, tmp_path):
@@ -386,7 +401,16 @@ def test_fused_experts_are_not_merged(folders, tmp_path):
     out, inner = architectures.dense_weight(model.get_submodule(name)).shape
     adapters.save_peft(tmp_path, {name: (torch.ones(RANK, inner), torch.ones(out, RANK))}, "")
     with pytest.raises(Mistake, match=r"experts\.0\.up_proj is a part of fused experts"):
-        loading.merged(lowrank.attach(model, tmp_path))
+        loading.merge(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["diffllama", "bitnet"])
+def test_awq_that_makes_another_model_of_it_is_refused(samples, kind, tmp_path):
+    """Norms stand between values and output layer, where llm-compressor takes Llama's names."""
+    folder = make(tmp_path / kind, kind, {"num_key_value_heads": 4})
+    rounding = {"bits": 3, "group_size": 32}
+    with pytest.raises(Mistake, match="awq does not fit .* before any rounding, its logits are"):
+        oneshot.compress(folder, tmp_path / "out", samples[0], method="awq", keep=[], **rounding)
 
 
 # --- what is refused, and where ---

@@ -727,7 +727,7 @@ def test_a_metric_that_was_not_measured(tmp_path, capfd):
     results = tmp_path / "results"
     for folder in ("models/m", "evaluations/m/original/t"):
         (results / folder).mkdir(parents=True)
-    tensors = {"model.safetensors": {"w": {"dtype": "F32", "shape": [2]}}}
+    tensors = {"model/model.safetensors": {"w": {"dtype": "F32", "shape": [2]}}}
     (results / "models/m" / manifest.NAME).write_text(json.dumps({"tensors": tensors}))
     measured = {"metrics": {"acc": {"value": 1, "higher_is_better": True}}, "primary": "acc"}
     (results / "evaluations/m/original/t/results.json").write_text(json.dumps(measured))
@@ -884,7 +884,7 @@ def test_a_disk_that_is_full(what, disk, stage, tmp_path, capfd):
 
 def test_hidden_states_that_a_disk_has_no_room_for(tmp_path, monkeypatch):
     """An error that can be told, not the death of who fills a mapping of a file without room."""
-    monkeypatch.setattr(covariance, "_host_memory", lambda: 0)
+    monkeypatch.setattr(covariance, "_room", lambda: 0)
     with (
         mounted(tmp_path / "disk", "size=96k") as disk,
         pytest.raises(OSError, match="No space left on device"),

@@ -164,7 +164,7 @@ def test_empty_moment_is_refused():
 
 def test_short_of_memory_hidden_states_lie_in_a_file(tiny_model, samples, monkeypatch):
     in_memory, _ = collect(tiny_model, samples, batch_size=2, shards=2)
-    monkeypatch.setattr(covariance, "_host_memory", lambda: 0)
+    monkeypatch.setattr(covariance, "_room", lambda: 0)
     spilled, _ = collect(tiny_model, samples, batch_size=2, shards=2)
     assert all(torch.equal(spilled[name], in_memory[name]) for name in in_memory)
 

@@ -45,7 +45,10 @@ def save(path: Path, content: dict) -> None:
 
 
 def manifest(path: Path, tensors: dict, **tools: str) -> None:
-    save(path, {"tensors": {"model/model.safetensors": tensors}, "tools": tools})
+    """Beside the folder that is loaded lies what other stages want of it."""
+    beside = {f"layers.{i}.cross": tensor("BF16", 8, 32) for i in range(LAYERS)}
+    files = {"model/model.safetensors": tensors, "moments.safetensors": beside}
+    save(path, {"tensors": files, "tools": tools})
 
 
 def original_tensors() -> dict:
@@ -76,7 +79,6 @@ def adapter_tensors(rank: int) -> dict:
     for i in range(LAYERS):
         found[f"layers.{i}.lora_A"] = tensor("F16", rank, 32)
         found[f"layers.{i}.lora_B"] = tensor("F16", 64, rank)
-        found[f"layers.{i}.cross"] = tensor("BF16", rank, 32)  # beside the adapter, none of it
     return found
 
 
@@ -225,7 +227,7 @@ def test_parts_are_told_whatever_a_file_calls_its_blocks():
         "transformer.h.0.norm.weight": tensor("F16", 2),
         "transformer.wte.weight": tensor("F16", 3, 2),
     }
-    models = [{"tensors": {"f": some}} for some in (original, packed)]
+    models = [{"tensors": {"model/f": some}} for some in (original, packed)]
     found = reading.bytes_by_part(models[1])
     assert found == {"weight_bytes": 2, "scale_bytes": 2, "other_bytes": 8 + 4 + 12}
     assert reading.effective_bits(*models, adapter_bytes=4) == 8 * (2 + 2 + 4) / 8

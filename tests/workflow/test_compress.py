@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -118,6 +119,16 @@ def assert_made_up_for(pipeline, compressed):
     assert gaps[1] < 0.8 * gaps[0] and gaps[2] < 0.01 * gaps[0], gaps
 
 
+def assert_told(original, compressed):
+    """That the checkpoint's own weights tell the scales that it was made with."""
+    _, found = existing.check(original / "model", compressed / "model")
+    made = load_file(compressed / smoothing.NAME)
+    assert {f"{name}.input" for name in found} == {name for name in made if name.endswith("input")}
+    for name, scales in found.items():
+        gap = (scales.input / made[f"{name}.input"]).log()
+        assert gap.std() < 0.05
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, case):
     settings, form, largest = CASES[case]
@@ -146,6 +157,7 @@ def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, c
     exact, _ = loading.load(model / "model")
     if settings["method"] == "awq":
         assert_made_up_for(pipeline, tmp_path)
+        assert_told(model, tmp_path)
     for part in ("lm_head", "model.embed_tokens", "model.norm"):
         torch.testing.assert_close(
             whole.get_submodule(part).weight.float(),
@@ -349,8 +361,62 @@ def test_a_checkpoint_with_fewer_blocks_is_refused(pipeline, tmp_path):
     assert code == 1 and "2 blocks for 3" in output
 
 
-def test_a_checkpoint_that_rescales_what_its_layers_read_is_refused(pipeline, tmp_path):
-    """As AWQ and SmoothQuant do: the difference of weights is then not the layer's error."""
+def make_autoawq(model, folder):
+    """Write a model as AutoAWQ does: channels rescaled, four bits, in its own format."""
+    torch.manual_seed(0)
+    weights = load_file(model / "model.safetensors")
+    for block in range(3):
+        layers = f"model.layers.{block}."
+        attention, mlp, inner = (torch.empty(n).normal_(0, 0.5).exp() for n in (64, 64, 96))
+        for names, by in (("qkv", attention), (("gate", "up"), mlp), (("down",), inner)):
+            for name in names:
+                part = "self_attn" if names == "qkv" else "mlp"
+                weights[f"{layers}{part}.{name}_proj.weight"] *= by
+        weights[f"{layers}input_layernorm.weight"] /= attention
+        weights[f"{layers}post_attention_layernorm.weight"] /= mlp
+        weights[f"{layers}mlp.up_proj.weight"] /= inner[:, None]
+    dense = {}
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        layer = torch.nn.Linear(*weights[name].shape[::-1], bias=False)
+        layer.weight.data = weights.pop(name)
+        grouped = layer.weight.data.unflatten(1, (-1, 32))
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        step = ((high - low) / 15).half().float()
+        zeros = (-low / step).round().clamp(0, 15)
+        integers = (layer.weight / step.repeat_interleave(32, 1)).round()
+        within = (zeros.repeat_interleave(32, 1), 15 - zeros.repeat_interleave(32, 1))
+        layer.weight.data = integers.clamp(-within[0], within[1]) * step.repeat_interleave(32, 1)
+        packed = WQLinear_GEMM.from_linear(layer, 4, 32, scales=step.T, zeros=zeros.T)
+        stem = name.removesuffix(".weight")
+        weights |= {f"{stem}.{n}": t.contiguous() for n, t in packed.named_buffers()}
+        dense[stem] = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, 4, 32).T
+    shutil.copytree(model, folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    stored |= {"version": "gemm", "modules_to_not_convert": None}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    return dense
+
+
+def test_autoawqs_checkpoint_is_taken_over(pipeline, tmp_path):
+    """With the integers that it has, and with the scales that its weights tell."""
+    model = pipeline.results / "models/tiny/model"
+    dense = make_autoawq(model, tmp_path / "autoawq")
+    code, output = adopt(pipeline, tmp_path, tmp_path / "autoawq")
+    assert code == 0, output
+    made = tmp_path / "out"
+    loaded, _ = loading.load(made / "model")
+    for name, weight in dense.items():
+        found = loaded.get_submodule(name).weight
+        torch.testing.assert_close(found.float(), weight.float(), rtol=1e-3, atol=1e-4)
+    assert not [name for name in manifest.load(made)["outputs"] if "/." in name]
+    assert max(manifest.load(made)["notes"]["weight_error"].values()) < 0.15
+    assert_made_up_for(pipeline, made)
+
+
+def test_a_checkpoint_whose_norm_is_another_is_refused(pipeline, tmp_path):
+    """Scaled, but not by what the layers after it were multiplied with."""
     shutil.copytree(pipeline.folder / "sources/packed", tmp_path / "scaled")
     weights = load_file(tmp_path / "scaled/model.safetensors")
     weights["model.layers.2.input_layernorm.weight"] *= 0.9
@@ -358,7 +424,7 @@ def test_a_checkpoint_that_rescales_what_its_layers_read_is_refused(pipeline, tm
     code, output = adopt(pipeline, tmp_path, tmp_path / "scaled")
     assert code == 1 and "Traceback" not in output
     assert "model.layers.2.input_layernorm.weight is not the original's (10% off)" in output
-    assert "as after AWQ or SmoothQuant" in output
+    assert "nor divided by scales that the layers after it were multiplied with" in output
 
 
 @pytest.mark.parametrize("part", ["model.embed_tokens.weight", "model.norm.weight"])
@@ -372,7 +438,15 @@ def test_a_checkpoint_with_other_embeddings_or_norm_is_refused(pipeline, tmp_pat
 
 
 FORMATS = {
-    "awq": ({"quant_method": "awq"}, "its weights are stored as awq, which is not read here"),
+    "another library's": (
+        {"quant_method": "hqq"},
+        "its weights are stored as hqq, which is not read here; name a checkpoint in the format of "
+        "auto-round, gptq, awq, compressed-tensors",
+    ),
+    "gemv": (
+        {"quant_method": "awq", "version": "gemv"},
+        "layers in another format of AWQ (gemv, 4 bits)",
+    ),
     "desc_act": ({"quant_method": "gptq", "desc_act": True}, "columns in another order (desc_act)"),
     "gptq_v2": (
         {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
@@ -393,7 +467,7 @@ def test_a_format_that_is_not_read_is_named(form, tiny_model, tmp_path):
     config["quantization_config"] = {"bits": 4, "group_size": 32, **stored}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Mistake, match=re.escape(wanted)):
-        existing.check(tiny_model, folder)
+        existing.take(folder, tmp_path / "taken")
 
 
 def test_a_checkpoint_with_other_biases_is_refused(tmp_path):

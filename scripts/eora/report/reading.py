@@ -22,9 +22,6 @@ DTYPE_BITS = {
     "F4": 4,
 }
 
-# Written beside a compressed model, see eora.smoothing.
-SMOOTHING = "smoothing.safetensors"
-
 # What formats call a layer's weights; what else lies beside them scales them.
 WEIGHTS = {"weight", "qweight", "weight_packed"}
 
@@ -54,13 +51,16 @@ def read_manifest(path: Path, what: str) -> dict[str, Any]:
 
 
 def tensors(manifest: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """All tensors of a manifest, as {(file, tensor name): {"dtype", "shape"}}; but those that tell
-    how a compression came about, which no model loads."""
+    """All tensors that are loaded, as {(file, tensor name): {"dtype", "shape"}}.
+
+    They lie in the result's ``model`` or ``adapter`` folder; files beside it tell other stages how
+    it came about.
+    """
     return {
         (file, name): tensor
         for file, inside in manifest.get("tensors", {}).items()
         for name, tensor in inside.items()
-        if file != SMOOTHING
+        if "/" in file
     }
 
 
@@ -73,13 +73,8 @@ def tensor_bytes(tensor: Mapping[str, Any]) -> int:
 
 
 def total_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of all tensors of a manifest."""
+    """Bytes of all tensors of a manifest that are loaded."""
     return sum(tensor_bytes(tensor) for tensor in tensors(manifest).values())
-
-
-def adapter_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of an adapter's factors; a 16-bit one's folder also holds what rounding it needs."""
-    return sum(tensor_bytes(t) for (_, name), t in tensors(manifest).items() if ".lora_" in name)
 
 
 def _layers(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -177,7 +172,7 @@ def read_residuals(folder: Path) -> dict[str, list[float]] | None:
 def variant_columns(parts: Parts, variant: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
     """The columns that are the same for all tasks of a variant."""
     held = parts.compressed or parts.original
-    extra = adapter_bytes(parts.adapter) if parts.adapter is not None else None
+    extra = total_bytes(parts.adapter) if parts.adapter is not None else None
     settings = plan.get("compressions", {}).get(variant["compression"]) or {}
     adapter = plan.get("adapters", {}).get(variant["adapter"]) or {}
     return {
