@@ -594,6 +594,11 @@ def plain_alone(config: Config, model: str) -> list[str]:
     ]
 
 
+def is_gguf(model: Config) -> bool:
+    """Whether a model's entry names a GGUF file, which is converted."""
+    return model.get("path", model.get("member", "")).endswith(".gguf")
+
+
 def known_weights(entry: Config, made: Path) -> manifest.Manifest | None:
     """What can be told of a model's weights before any job runs.
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import ONE_SHOT, ORIGINAL, Config, Variant, integers, variants
+from eora.config import ONE_SHOT, ORIGINAL, Config, Variant, integers, is_gguf, variants
 from eora.shapes import Block, Layer, Shapes
 from eora.stages import Place, asked
 
@@ -142,6 +142,8 @@ class Costs:
         """
         names: dict[str, Any] = dict(place.wildcards)
         name = names.pop("model")
+        if place.stage == "download_model":
+            names["gguf"] = is_gguf(self.config["models"][name])
         if "variant" in names:
             names["variant"] = self.variants[name, names["variant"]]
         return getattr(self, f"_{place.stage}")(model, **names)
@@ -155,9 +157,11 @@ class Costs:
         host = (base, Term("CUDA's libraries", CUDA_HOST * GB))
         return tuple((context, *phase) for phase in phases), (host,)
 
-    def _download_model(self, model: Shapes) -> Cost:
-        # A GGUF file is converted in memory; everything else goes to disk as it comes.
-        return Cost((), ((Term("Python", IMPORTS["evaluate"] * GB),),), model.stored)
+    def _download_model(self, model: Shapes, gguf: bool) -> Cost:
+        python = Term("Python", IMPORTS["evaluate"] * GB)
+        # transformers takes a GGUF file apart as a whole; everything else goes to disk as it comes.
+        whole = Term("the whole model in float32", model.parameters * 4)
+        return Cost((), ((python, whole) if gguf else (python,),), model.stored)
 
     # -- compress --
 

@@ -185,7 +185,9 @@ def _linear(tensors: dict[str, list[int]]) -> Iterator[tuple[str, int, int, int]
             for part in parts:
                 yield f"{parent}.*.{part}", shape[1] // len(parts), shape[2], shape[0]
         elif len(shape) == 2 and local.endswith(".weight"):
-            yield name, *shape, 1
+            bias = tensors.get(f"{local.removesuffix('.weight')}.bias")
+            transposed = bias is not None and bias != shape[:1]  # GPT-2's layers: (in, out)
+            yield name, *(reversed(shape) if transposed else shape), 1
 
 
 def _active_experts(config_json: Path) -> int:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, integers, origin, pick, settings, shares, variants
+from eora.config import Config, Variant, integers, is_gguf, origin, pick, settings, shares, variants
 
 Params = dict[str, Any]
 
@@ -69,10 +69,8 @@ def _trust(config: Config, model: str) -> Params:
 
 def _download_model(config: Config, model: str) -> Params:
     entry = config["models"][model]
-    source = _source(entry, SOURCE_KEYS)
-    is_gguf = source.get("path", source.get("member", "")).endswith(".gguf")
-    dtype = pick(entry, ("dtype",)) if is_gguf else {}  # other weights stay as they are
-    return {"source": source, **dtype, **_trust(config, model)}
+    dtype = pick(entry, ("dtype",)) if is_gguf(entry) else {}  # other weights stay as they are
+    return {"source": _source(entry, SOURCE_KEYS), **dtype, **_trust(config, model)}
 
 
 def _download_checkpoint(config: Config, model: str, compression: str) -> Params:

