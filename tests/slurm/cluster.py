@@ -66,6 +66,8 @@ GresTypes=gpu
 DefMemPerCPU=500
 SlurmdParameters=config_overrides
 ReturnToService=2
+# As clusters may have it: jobs must ask for it.
+JobRequeue=0
 MinJobAge=3600
 KillWait=2
 MpiDefault=none
