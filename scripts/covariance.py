@@ -1,4 +1,5 @@
-"""Collect the second moments of one shard of decoder blocks, from the original model."""
+"""Collect the second moments of one shard of decoder blocks, from the original model or from a
+compressed one."""
 
 import logging
 import os
@@ -32,7 +33,7 @@ class Params:
 
 def main(
     params: Annotated[str, cli.Params],
-    model: Annotated[Path, cli.Stage("the model's download stage")],
+    model: Annotated[Path, cli.Stage("the model's download stage, or its compress stage")],
     tokens: Annotated[Path, cli.Stage("the tokenize stage")],
     out: Annotated[Path, cli.Out],
     hidden: Annotated[

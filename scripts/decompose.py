@@ -11,13 +11,15 @@ from eora.result import Result
 @dataclass
 class Params:
     """Keys: method (eora, diagonal or svd); max_rank (larger ranks need another decomposition);
-    shard and shards; version."""
+    shard and shards; calibrate_on (whose inputs the second moments are of: original or compressed);
+    version."""
 
     method: str
     max_rank: int
     shard: int
     shards: int
     version: int
+    calibrate_on: str = "original"
     trust_remote_code: bool = False
 
 
@@ -68,6 +70,7 @@ def main(
                 spec.max_rank,
                 spec.method,
                 scales,
+                compressed_inputs=spec.calibrate_on == "compressed",
             )
 
 

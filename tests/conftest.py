@@ -170,6 +170,7 @@ def tiny_config(sources: Path, wheel: dict[str, str]) -> dict[str, Any]:
                 "max_rank": 16,
                 "bits": [16],
                 "method": "svd",
+                "calibrate_on": "compressed",
             },
         },
         "tasks": {

@@ -96,6 +96,17 @@ def dense_weight(layer: nn.Module) -> Tensor:
         layer.bias = bias
 
 
+def densify(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
+    # By name: a list of the layers would keep the packed ones beside the dense until the end.
+    for name in [name for name, layer in model.named_modules() if is_packed(layer)]:
+        layer = model.get_submodule(name)
+        dense = _linear(dense_weight(layer).to(dtype).contiguous())
+        if (bias := getattr(layer, "bias", None)) is not None:
+            dense.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        model.set_submodule(name, dense)
+
+
 # --- mixture of experts ---
 
 

@@ -362,6 +362,11 @@ def beside(config: Config, compression: str) -> Iterator[str]:
             yield name
 
 
+def calibrated_on_compressed(adapter: Config) -> bool:
+    """Whether an adapter is fitted to what the compressed model's layers read."""
+    return adapter["calibrate_on"] == "compressed"
+
+
 def _compression_mistakes(
     where: str, entry: Config, config: Config, known: dict[str, Any]
 ) -> Iterator[str]:
@@ -518,6 +523,14 @@ def _mistakes(config: Config, schema: dict[str, Any]) -> Iterator[str]:
         yield from _reference(f"{where}.calibration", entry["calibration"], "calibrations", config)
         for compression in entry.get("compressions", ()):
             yield from _reference(f"{where}.compressions", compression, "compressions", config)
+        if calibrated_on_compressed(entry):
+            for compression, made in config["compressions"].items():
+                if name in beside(config, compression) and needs_adapter(made):
+                    yield (
+                        f"{where}.calibrate_on: {compression} is of no use without an adapter, and "
+                        "so is what its layers read then; take original, or leave it out of "
+                        f"{where}.compressions"
+                    )
         for rank in entry["ranks"]:
             if rank > entry["max_rank"]:
                 yield (

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eora import triangles
-from eora.architectures import Experts, experts, linear_layers
+from eora.architectures import Experts, densify, experts, linear_layers
 from eora.streaming import BlockStream
 
 
@@ -293,6 +293,7 @@ def _run_block(
 ) -> None:
     """Take all hidden states through one block; add its inputs to ``moments``, if given."""
     with stream.block(index) as block:
+        densify(block, hidden.states.dtype)
         layers, moe = linear_layers(block), experts(block)
         for batch in data:
             states = batch.pad(hidden.states[batch.rows].to(stream.device, non_blocking=True))
@@ -320,7 +321,8 @@ def run_shard(
     """Run all batches through the shard's blocks and collect their second moments.
 
     Args:
-        stream: the original model.
+        stream: the original model, or a compressed one: packed layers run as the dense ones that
+            they stand for, one block of them at a time.
         blocks: indices of the shard's decoder blocks.
         data: calibration batches.
         before: what the shard before returned; where it is None, the blocks before are run first.

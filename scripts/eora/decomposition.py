@@ -19,7 +19,7 @@ def metrics(
     inputs: covariance.Moments,
     device: torch.device,
     method: solver.Method,
-    smoothing: Smoothing,
+    smoothing: Smoothing | None,
     block: str,
 ) -> Callable[[str], solver.Metric]:
     """Local name of a layer -> what its errors are measured by, on the device.
@@ -28,16 +28,19 @@ def metrics(
     by which a compression divided that.
 
     Args:
-        inputs: the block's second moments, of the original.
+        inputs: the block's second moments.
         device: where they are wanted.
         method: of the solver.
-        smoothing: how the compression rescaled what layers read.
+        smoothing: how the compression rescaled what layers read; None where the second moments are
+            its own.
         block: the block's full name.
     """
 
     @lru_cache(maxsize=1)
     def of_input(name: str) -> solver.Metric:
-        moment = smoothing.moment(f"{block}.{name}", inputs.lower(name).to(device))
+        moment = inputs.lower(name).to(device)
+        if smoothing is not None:
+            moment = smoothing.moment(f"{block}.{name}", moment)
         return solver.Metric(moment, method)
 
     return lambda layer: of_input(inputs.shared[layer])
@@ -52,6 +55,7 @@ def decompose_block(
     max_rank: int,
     method: solver.Method,
     smoothing: Smoothing,
+    compressed_inputs: bool = False,
 ) -> None:
     """Decompose every linear layer of one block; writes a file, see :func:`eora.factor_files.save`.
 
@@ -61,9 +65,11 @@ def decompose_block(
         moments: folder of the second moments' block files.
         out: folder for the factors' block file.
         smoothing: how the compression rescaled what layers read.
+        compressed_inputs: the second moments are of the compressed model's own inputs.
     """
     inputs = covariance.Moments(moments / block_files.name(index))
-    metric = metrics(inputs, original.device, method, smoothing, original.name(index))
+    rescaled = None if compressed_inputs else smoothing
+    metric = metrics(inputs, original.device, method, rescaled, original.name(index))
     found: dict[str, solver.Factors] = {}
     with original.block(index) as exact, compressed.block(index) as rounded:
         approximate = linear_layers(rounded)

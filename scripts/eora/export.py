@@ -75,8 +75,8 @@ def _made_from(results: Path, stage: str, digest: str) -> Path | None:
     return None
 
 
-def _fitted_on(source: Source) -> tuple[str, dict[str, Any], str]:
-    """Method, calibration parameters and data set name of an adapter."""
+def _fitted_on(source: Source) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Parameters of an adapter's fit, of its calibration samples, and their data sets' names."""
     place = source.variant
     fits = source.results / "decompositions" / place.model / place.compression / place.adapter
     first = next(iter(sorted(fits.glob(f"*/{manifest.NAME}"))), None)
@@ -85,16 +85,16 @@ def _fitted_on(source: Source) -> tuple[str, dict[str, Any], str]:
     fit = manifest.load(first)
     moments = _made_from(source.results, f"covariance/{place.model}", fit["inputs"]["moments"])
     if moments is None:
-        return fit["params"]["method"], {}, "?"
+        return fit["params"], {}, "?"
     tokens_digest = manifest.load(moments)["inputs"]["tokens"]
     tokens = _made_from(source.results, f"tokens/{place.model}", tokens_digest)
     if tokens is None:
-        return fit["params"]["method"], {}, "?"
+        return fit["params"], {}, "?"
     made = manifest.load(tokens)
     datasets = [digest for key, digest in made["inputs"].items() if key.startswith("dataset")]
     found = [_made_from(source.results, "datasets", digest) for digest in datasets]
     names = ["?" if data is None else data.name for data in found]
-    return fit["params"]["method"], made["params"], " and ".join(names)
+    return fit["params"], made["params"], " and ".join(names)
 
 
 def _compressions(source: Source) -> dict[str, manifest.Manifest]:
@@ -160,13 +160,14 @@ def facts(source: Source) -> dict[str, Any]:
     bare = config.bare(params, source.variant.compression)
     whole = config.integers(params, source.variant.compression)
     first = next(name for name, entry in params.items() if entry is whole)
-    method, calibration, dataset = _fitted_on(source)
+    fit, calibration, dataset = _fitted_on(source)
     licences = sorted(path.name for path in (source.original / "model").glob("LICENSE*"))
     return {
         "base": adapter["params"]["base_model"],
         "hub": "hub" in manifest.load(source.original)["params"]["source"],
         "licence": licences[0] if licences else None,
-        "method": method,
+        "method": fit["method"],
+        "inputs": fit.get("calibrate_on", "original"),
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,

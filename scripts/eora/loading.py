@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from eora.architectures import dense_weight, is_packed, kept_conversions
+from eora.architectures import dense_weight, densify, kept_conversions
 from eora.errors import Mistake
 from eora.formats import COMPRESSED_TENSORS, kernel, quantization_format, read_config
 from eora.lowrank import attach, beside
@@ -38,22 +38,6 @@ def evaluation_dtype(stored: torch.dtype, device: str) -> torch.dtype:
     """What a checkpoint of this dtype is run in: its own, but float32 for float16 on a CPU, which
     has no units for it and takes many times as long."""
     return torch.float32 if device == "cpu" and stored == torch.float16 else stored
-
-
-def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace packed linear layers by plain ones with the same (dequantized) weights, in place."""
-    # By name: a list of the layers would keep the packed ones beside the dense until the end.
-    for name in [name for name, layer in model.named_modules() if is_packed(layer)]:
-        layer = model.get_submodule(name)
-        weight = dense_weight(layer).to(dtype)
-        bias = getattr(layer, "bias", None)
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, dense)
-    return forget_quantization(model).to(dtype)
 
 
 def load_original(
@@ -100,7 +84,8 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     if dense:
-        model = _densify(model, dtype)
+        densify(model, dtype)
+        model = forget_quantization(model).to(dtype)
     if adapter is not None:
         attach(model, Path(adapter))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

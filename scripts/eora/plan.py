@@ -108,6 +108,7 @@ SIZED = (
     "download_model",
     "compress",
     "covariance",
+    "compressed_covariance",
     "decompose",
     "adapter",
     "quantize_adapter",
@@ -407,6 +408,9 @@ class Costs:
             },
             passing,
         )
+
+    def _compressed_covariance(self, model: Shapes, compression: str, **names: str) -> Cost:
+        return self._covariance(model, **names)
 
     # -- decompose --
 
@@ -834,6 +838,8 @@ def _label(place: Place) -> str:
     names = dict(place.wildcards)
     if place.stage == "evaluate":
         return "evaluate original" if names["variant"] == ORIGINAL else "evaluate compressed"
+    if place.stage == "compressed_covariance":
+        return f"covariance {names['calibration']} of {names['compression']}"
     which = {"compress": "compression", "covariance": "calibration"}.get(place.stage, "adapter")
     return f"{place.stage} {names.get(which, '')}".strip()
 

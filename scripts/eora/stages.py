@@ -15,7 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eora.config import Config, Variant, integers, is_gguf, origin, pick, settings, shares, variants
+from eora.config import (
+    Config,
+    Variant,
+    calibrated_on_compressed,
+    integers,
+    is_gguf,
+    origin,
+    pick,
+    settings,
+    shares,
+    variants,
+)
 
 Params = dict[str, Any]
 
@@ -108,7 +119,14 @@ def _compress(config: Config, model: str, compression: str) -> Params:
     return {**made, **_trust(config, model)}
 
 
-def _covariance(config: Config, model: str, calibration: str, shard: str, shards: str) -> Params:
+def _covariance(
+    config: Config,
+    model: str,
+    calibration: str,
+    shard: str,
+    shards: str,
+    compression: str | None = None,
+) -> Params:
     return {
         **pick(config["covariance"], ("expert_tokens", "tf32")),
         "shard": int(shard),
@@ -120,8 +138,10 @@ def _covariance(config: Config, model: str, calibration: str, shard: str, shards
 def _decompose(
     config: Config, model: str, compression: str, adapter: str, shard: str, shards: str
 ) -> Params:
+    entry = config["adapters"][adapter]
+    keys = ("method", "max_rank", *(["calibrate_on"] if calibrated_on_compressed(entry) else []))
     return {
-        **pick(config["adapters"][adapter], ("method", "max_rank")),
+        **pick(entry, keys),
         "shard": int(shard),
         "shards": int(shards),
         **_trust(config, model),
@@ -179,6 +199,7 @@ class Stage:
     product: str | None = None
 
 
+_COVARIANCE_VERSION = 3  # one algorithm, whichever model it runs
 STAGES = {
     "download_model": Stage("models/{model}", 1, _download_model),
     "download_dataset": Stage("datasets/{dataset}", 1, _download_dataset),
@@ -186,7 +207,14 @@ STAGES = {
     "prepare_task": Stage("tasks/{task}", 1, _prepare_task),
     "tokenize": Stage("tokens/{model}/{calibration}", 1, _tokenize),
     "compress": Stage("compressed/{model}/{compression}", 1, _compress, "model"),
-    "covariance": Stage("covariance/{model}/{calibration}/{shard}-of-{shards}", 3, _covariance),
+    "covariance": Stage(
+        "covariance/{model}/{calibration}/{shard}-of-{shards}", _COVARIANCE_VERSION, _covariance
+    ),
+    "compressed_covariance": Stage(
+        "covariance/{model}/{compression}/{calibration}/{shard}-of-{shards}",
+        _COVARIANCE_VERSION,
+        _covariance,
+    ),
     "decompose": Stage(
         "decompositions/{model}/{compression}/{adapter}/{shard}-of-{shards}", 3, _decompose
     ),
@@ -277,6 +305,15 @@ def _moments(config: Config, model: str, calibration: str) -> Iterator[Place]:
         yield place("covariance", model=model, calibration=calibration, **part)
 
 
+def fitted_in(config: Config, model: str, compression: str, adapter: str, **part: Any) -> Place:
+    """The second moments that a shard of an adapter is fitted in."""
+    entry = config["adapters"][adapter]
+    names = {"model": model, "calibration": entry["calibration"], **part}
+    if calibrated_on_compressed(entry):
+        return place("compressed_covariance", compression=compression, **names)
+    return place("covariance", **names)
+
+
 def rounded_around(config: Config, model: str, compression: str) -> Variant:
     """The compensated model whose adapter a compression is rounded around."""
     around = config["compressions"][compression]["around"]
@@ -302,10 +339,13 @@ def _behind(config: Config, variant: Variant) -> Iterator[Place]:
     yield place("compress", model=model, compression=compression)
     if adapter is None:
         return
-    yield from _moments(config, model, config["adapters"][adapter]["calibration"])
+    fitted = {"model": model, "compression": compression, "adapter": adapter}
+    yield from _calibrated(config, model, config["adapters"][adapter]["calibration"])
     for part in parts(config):
-        yield place("decompose", model=model, compression=compression, adapter=adapter, **part)
-    made = {"model": model, "compression": compression, "adapter": adapter, "rank": variant.rank}
+        yield fitted_in(config, **fitted, **part)
+    for part in parts(config):
+        yield place("decompose", **fitted, **part)
+    made = {**fitted, "rank": variant.rank}
     yield place("adapter", **made)
     if variant.adapter_bits != 16:
         yield place("quantize_adapter", **made, bits=variant.adapter_bits)

@@ -136,6 +136,7 @@ _SECTIONS = {
     "tokenize": "calibrations.{calibration}",
     "compress": "compressions.{compression}",
     "covariance": "covariance",
+    "compressed_covariance": "covariance",
     "decompose": "adapters.{adapter}",
     "adapter": "adapters.{adapter}",
     "quantize_adapter": "adapters.{adapter}",
@@ -163,13 +164,13 @@ def _key(config: Config, place: Place, key: str) -> str:
     return f"{_SECTIONS[place.stage].format(**names)}.{last}"
 
 
-# Keys that name another entry: stage -> (stage of the input, its wildcard, the keys).
+# Keys that name another entry: stage -> (stages of the input, their wildcard, the keys).
 _REFERENCES = {
-    "tokenize": ("download_dataset", "dataset", ("dataset",)),
-    "compress": ("tokenize", "calibration", ("calibration",)),
-    "decompose": ("covariance", "calibration", ("calibration",)),
-    "tune_adapter": ("tokenize", "calibration", ("calibration",)),
-    "evaluate": ("download_dataset", "dataset", ("dataset", "fewshot_dataset", "perplexity")),
+    "tokenize": (("download_dataset",), "dataset", ("dataset",)),
+    "compress": (("tokenize",), "calibration", ("calibration",)),
+    "decompose": (("covariance", "compressed_covariance"), "calibration", ("calibration",)),
+    "tune_adapter": (("tokenize",), "calibration", ("calibration",)),
+    "evaluate": (("download_dataset",), "dataset", ("dataset", "fewshot_dataset", "perplexity")),
 }
 
 
@@ -177,13 +178,13 @@ def _other_inputs(config: Config, place: Place, inputs: list[str], results: Path
     """The reference whose entry is another one than that which the result was made from."""
     if place.stage not in _REFERENCES:
         return
-    stage, wildcard, keys = _REFERENCES[place.stage]
+    kinds, wildcard, keys = _REFERENCES[place.stage]
     old = set()
     for text in inputs:
         path = Path(text)
         if path.name == manifest.NAME and path.is_relative_to(results):
             found = stages.place_of(path.parent.relative_to(results).as_posix())
-            if found is not None and found.stage == stage:
+            if found is not None and found.stage in kinds:
                 old.add(dict(found.wildcards)[wildcard])
     parts = [part.format(**dict(place.wildcards)) for part in _SECTIONS[place.stage].split(".")]
     entry = reduce(getitem, parts, config)
@@ -203,6 +204,7 @@ _COLUMNS = {
     "prepare_task": "fetch",
     "tokenize": "tokenize",
     "covariance": "covariance",
+    "compressed_covariance": "covariance",
     "compress": "compress",
     "decompose": "decompose",
     "adapter": "adapter",

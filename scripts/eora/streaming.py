@@ -86,8 +86,8 @@ class BlockStream:
     Args:
         folder: what ``from_pretrained`` would load; plain or quantized weights.
         device: where blocks run.
-        dtype: dtype that floating-point weights are cast to; None keeps the checkpoint's. Leave it
-            None for quantized checkpoints.
+        dtype: dtype that floating-point weights are cast to; None keeps the checkpoint's. Packed
+            layers keep theirs, see :func:`eora.architectures.densify`.
         trust_remote_code: run model code that the folder carries.
     """
 
@@ -207,7 +207,9 @@ class BlockStream:
             parent, _, leaf = local.rpartition(".")
             owner = module.get_submodule(parent)
             if full in self._stored:
-                value = self._cast(self.tensor(full), full)
+                value = self.tensor(full)
+                packed = architectures.is_packed(owner)
+                value = value.to(self.device) if packed else self._cast(value, full)
                 if local in dict(module.named_parameters()):
                     parameter = nn.Parameter(value, requires_grad=False)
                     parameter._is_hf_initialized = True  # _init_weights below leaves it alone

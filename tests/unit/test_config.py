@@ -365,7 +365,18 @@ def test_a_mistake_is_one_line_with_its_key_and_mend(case):
     assert mend in lines[0]
 
 
+@pytest.mark.parametrize("again", [AGAIN, RESCALED], ids=["around", "rescale"])
+def test_what_layers_read_where_an_adapter_is_missing_is_nothing_to_fit_to(again):
+    of_all = ("compressions.again", again), ("adapters.e.calibrate_on", "compressed")
+    (told,) = complaints(changed(*of_all))
+    assert told.startswith("adapters.e.calibrate_on: again is of no use without an adapter")
+    beside = {"calibration": "c", "ranks": [4], "compressions": ["again"]}
+    config = changed(*of_all, ("adapters.e.compressions", ["w2"]), ("adapters.f", beside))
+    assert cfg.validate(config, SCHEMA)["adapters"]["e"]["calibrate_on"] == "compressed"
+
+
 # --- every constraint of the schema ---
+
 
 WRONG = {
     "string": 3,
@@ -681,6 +692,7 @@ def test_defaults_are_filled_in_at_every_level():
         "bits": [4],
         "group_size": 32,
         "method": "eora",
+        "calibrate_on": "original",
     }
     assert filled["tasks"]["p"]["window"] == 2048
     assert filled["covariance"] == {"shards": 1, "expert_tokens": 512, "tf32": False}

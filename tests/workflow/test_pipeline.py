@@ -20,6 +20,7 @@ from eora import (
     adapters,
     architectures,
     block_files,
+    covariance,
     export,
     factor_files,
     loading,
@@ -188,6 +189,58 @@ def test_adapters_are_the_textbook_optimum_for_the_stored_moments(pipeline):
                 assert curve[0] == pytest.approx(total, rel=1e-6)
 
 
+def read_by_layers(model, tokens):
+    """Layer -> the second moment of what it reads, by hooks on a whole model, sample by sample."""
+    sums = {}
+
+    def add(name):
+        def hook(_, args):
+            x = args[0].flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    for name, layer in architectures.linear_layers(model.model.layers).items():
+        layer.register_forward_pre_hook(add(f"model.layers.{name}"))
+    with torch.inference_mode():
+        for ids, length in zip(tokens["input_ids"].long(), tokens["lengths"], strict=True):
+            model(ids[None, :length])
+    return {name: total / tokens["lengths"].sum() for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("compression", ["w4", "w2"])
+def test_second_moments_of_what_a_compressed_model_reads(pipeline, compression, tmp_path):
+    """Those that the workflow took for one format (compressed-tensors), and AutoRound's alike."""
+    folder = pipeline.results / f"compressed/tiny/{compression}/model"
+    tokens = load_file(pipeline.results / "tokens/tiny/moments/tokens.safetensors")
+    files = sorted(pipeline.results.glob("covariance/tiny/w4/moments/*/moments/block-*"))
+    if compression == "w2":
+        stream = streaming.BlockStream(folder, "cpu", torch.float32)
+        batches = covariance.batches(tokens["input_ids"], tokens["lengths"], 5)
+        files = [tmp_path / block_files.name(index) for index in range(len(stream))]
+
+        def save(index, block):
+            covariance.save_moments(files[index], block)
+
+        covariance.run_shard(stream, range(len(stream)), batches, None, tmp_path, save)
+    expected = read_by_layers(loading.load(folder)[0].float(), tokens)
+    original = read_by_layers(loading.load(pipeline.results / "models/tiny/model")[0], tokens)
+    assert len(files) == 3
+    for index, file in enumerate(files):
+        inputs = covariance.Moments(file)
+        assert len(inputs.shared) == 7
+        for name, leader in inputs.shared.items():
+            layer = f"model.layers.{index}.{name}"
+            lower = inputs.lower(leader).double()
+            found = lower + lower.tril(-1).T
+            gap = (found - expected[layer]).norm() / expected[layer].norm()
+            # AutoRound loads all of a model in float16; the pass takes what is not packed as it is.
+            assert gap < (1e-3 if compression == "w2" else 1e-5), (layer, gap)
+            # But for those of the first block, which read what the original's do.
+            other = (original[layer] - expected[layer]).norm() / expected[layer].norm()
+            assert index == 0 or other > 0.1
+
+
 def test_a_rank_that_was_not_decomposed_is_refused(pipeline):
     files = sorted(pipeline.results.glob("decompositions/tiny/w2/eora/*/factors/block-*"))
     assert len(factor_files.slice_rank(files, 16)[0]) == 21
@@ -255,9 +308,9 @@ def test_an_exported_adapter_carries_what_was_measured(pipeline, tmp_path):
 
 def test_a_card_names_the_checkpoint_that_somebody_made(pipeline):
     source = export.Source.of(pipeline.results / "adapters/tiny/w4/svd/r8-16bit")
-    assert "| its compression | method existing, checkpoint packed |" in export.card(
-        export.facts(source)
-    )
+    card = export.card(export.facts(source))
+    assert "| its compression | method existing, checkpoint packed |" in card
+    assert "| second moments | of the compressed model's inputs, 12 × 24 tokens" in card
 
 
 def test_a_card_tells_of_scales_that_were_fitted_anew(pipeline, tmp_path):

@@ -67,7 +67,12 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
         if names["compression"] not in entry.get("compressions", config["compressions"]):
             continue
         for part in shards_of(config):
-            yield job("covariance", model=names["model"], calibration=entry["calibration"], **part)
+            inputs = {"model": names["model"], "calibration": entry["calibration"], **part}
+            if entry.get("calibrate_on") == "compressed":
+                inputs["compression"] = names["compression"]
+                yield job("compressed_covariance", **inputs)
+            else:
+                yield job("covariance", **inputs)
             yield job("decompose", **names, adapter=adapter, **part)
         for rank in entry["ranks"]:
             made = {**names, "adapter": adapter, "rank": rank}
@@ -82,7 +87,7 @@ def jobs_of_compression(config: dict[str, Any], **names: str) -> Iterator[Job]:
 
 
 AFTER_DECOMPOSE = ("decompose", "adapter", "quantize_adapter", "evaluate")
-AFTER_COMPRESS = ("compress", *AFTER_DECOMPOSE)
+AFTER_COMPRESS = ("compress", "compressed_covariance", *AFTER_DECOMPOSE)
 
 
 def some(*rules: str, **wildcards: str) -> Callable[[Job], bool]:
@@ -115,6 +120,8 @@ MESSAGES = {
     "compress": r"Compressing (?P<model>\S+) to (?P<compression>\S+)",
     "covariance": r"Second moments of (?P<model>\S+) on (?P<calibration>\S+),"
     r" shard (?P<shard>\d+) of (?P<shards>\d+)",
+    "compressed_covariance": r"Second moments of (?P<model>\S+) (?P<compression>\S+)"
+    r" on (?P<calibration>\S+), shard (?P<shard>\d+) of (?P<shards>\d+)",
     "decompose": r"Decomposing the error of (?P<model>\S+) (?P<compression>\S+)"
     r" for (?P<adapter>\S+), shard (?P<shard>\d+) of (?P<shards>\d+)",
     "adapter": r"Adapter (?P<adapter>\S+) of rank (?P<rank>\d+)"
@@ -234,8 +241,8 @@ JUDGED_TEXT = [some("evaluate", task="text")]
 # What follows from the data that AutoRound sees, and from those that the moments are taken on.
 ROUNDING = [some("tokenize", calibration="rounding"), some(*AFTER_COMPRESS, compression="w2")]
 ALL_FITTED = [some(*AFTER_DECOMPOSE, adapter=".+")]
-MOMENTS = [some("tokenize", calibration="moments"), some("covariance")]
-MOMENTS += ALL_FITTED
+COVARIANCES = [some("covariance", "compressed_covariance"), *ALL_FITTED]
+MOMENTS = [some("tokenize", calibration="moments"), *COVARIANCES]
 OF_MORE = [some("download_dataset", dataset="more"), *MOMENTS]
 OF_SENTENCES = [some("download_dataset", dataset="sentences"), *ROUNDING, *JUDGED_TEXT]
 OF_W2 = [some(*AFTER_COMPRESS, compression="w2")]
@@ -348,6 +355,7 @@ TABLE = {
         [some("quantize_adapter"), some("evaluate", bits="4")],
     ),
     "adapters.*.method": Row(edit(("adapters/eora/method", "svd")), FITTED),
+    "adapters.*.calibrate_on": Row(edit(("adapters/eora/calibrate_on", "compressed")), FITTED),
     "adapters.*.tune.calibration": Row(edit(("adapters/eora/tune/calibration", "moments")), TUNED),
     "adapters.*.tune.steps": Row(edit(("adapters/eora/tune/steps", 3)), TUNED),
     "adapters.*.tune.batch_size": Row(edit(("adapters/eora/tune/batch_size", 3)), TUNED),
@@ -378,12 +386,12 @@ TABLE = {
     ),
     "covariance.tf32": Row(
         edit(("covariance/tf32", True)),
-        [some("covariance"), *ALL_FITTED],
+        COVARIANCES,
         why=r"covariance\.tf32: false -> true",
     ),
     "covariance.expert_tokens": Row(
         edit(("covariance/expert_tokens", 100)),
-        [some("covariance"), *ALL_FITTED],
+        COVARIANCES,
         why=r"covariance\.expert_tokens: 512 -> 100",
     ),
     "runtime.device": Row(edit(("runtime/device", "auto")), NOTHING),
@@ -598,7 +606,7 @@ VERSIONS = {
     "prepare_task": [some("prepare_task"), *JUDGED_CHOICE],
     "tokenize": [*ROUNDING, *MOMENTS],
     "compress": [some(*AFTER_COMPRESS, compression=".+")],
-    "covariance": [some("covariance"), *ALL_FITTED],
+    "covariance": COVARIANCES,
     "decompose": ALL_FITTED,
     "adapter": [some("adapter", "quantize_adapter"), some("evaluate", adapter=".+")],
     "quantize_adapter": [some("quantize_adapter"), some("evaluate", bits="4")],
@@ -608,7 +616,7 @@ VERSIONS = {
 
 
 def test_every_stage_has_a_version():
-    assert {*VERSIONS, "tune_adapter"} == {*stages.STAGES, "report"}
+    assert {*VERSIONS, "compressed_covariance", "tune_adapter"} == {*stages.STAGES, "report"}
 
 
 @pytest.mark.parametrize("stage", VERSIONS)
@@ -623,7 +631,8 @@ def check_version(pipeline, checkout, stage, again):
         copier = shutil.copytree if source.is_dir() else shutil.copyfile
         copier(source, checkout / name)
     raised = checkout / "scripts/eora/stages.py"
-    place = "REPORT_VERSION =" if stage == "report" else rf'"{stage}": Stage\([^,]*,'
+    shared = {"report": "REPORT_VERSION =", "covariance": "_COVARIANCE_VERSION ="}
+    place = shared.get(stage, rf'"{stage}": Stage\([^,]*,')
     text = raised.read_text()
     (number,) = re.finditer(rf"{place}\s+(\d+)\b", text)
     version = int(number[1])
@@ -677,7 +686,7 @@ LOST = {
     # The hidden states that the last shard starts from are gone: the first makes them again.
     "covariance/tiny/moments/1-of-2": [
         some("covariance", model="tiny"),
-        some(*AFTER_DECOMPOSE, model="tiny", adapter=".+"),
+        some(*AFTER_DECOMPOSE, model="tiny", adapter="eora"),
     ],
     "decompositions/tiny/w2/eora/0-of-2": [
         some("decompose", model="tiny", compression="w2", shard="0"),

@@ -241,19 +241,18 @@ def compress_inputs(wc):
 # --- covariance.smk ---
 
 
-def hidden_before(wc):
-    """Hidden states that shard k > 0 starts from."""
-    if wc.shard == "0":
-        return []
-    before = f"{wc.model}/{wc.calibration}/{int(wc.shard) - 1}-of-{wc.shards}"
-    return ancient(f"{RESULTS}/covariance/{before}/hidden.safetensors")
+def shard_before(stage):
+    """Inputs of shard k > 0, a name for each: manifest and hidden states of the one before."""
 
+    def folder(wc):
+        return stages.place(stage, **{**wc, "shard": int(wc.shard) - 1}).folder
 
-def manifest_before(wc):
-    """Manifest of the shard before."""
-    if wc.shard == "0":
-        return []
-    return made(f"covariance/{wc.model}/{wc.calibration}/{int(wc.shard) - 1}-of-{wc.shards}")
+    return {
+        "before": lambda wc: [made(folder(wc))] if int(wc.shard) else [],
+        "hidden": lambda wc: (
+            ancient(f"{RESULTS}/{folder(wc)}/hidden.safetensors") if int(wc.shard) else []
+        ),
+    }
 
 
 # --- adapter.smk ---
@@ -261,8 +260,7 @@ def manifest_before(wc):
 
 def moments_of(wc):
     """Folder of the second moments that an adapter's shard is fitted in."""
-    calibration = config["adapters"][wc.adapter]["calibration"]
-    return f"covariance/{wc.model}/{calibration}/{wc.shard}-of-{wc.shards}"
+    return stages.fitted_in(config, **wc).folder
 
 
 def shards_of(wc):
