@@ -344,7 +344,14 @@ class Costs:
 
     # -- covariance --
 
-    def _covariance(self, model: Shapes, calibration: str, shard: str, shards: str) -> Cost:
+    def _covariance(
+        self,
+        model: Shapes,
+        calibration: str,
+        shard: str,
+        shards: str,
+        compression: str | None = None,
+    ) -> Cost:
         entry = self.config["calibrations"][calibration]
         tokens = entry["samples"] * entry["seqlen"]
         batch = min(self.config["runtime"]["batch_size"], entry["samples"]) * entry["seqlen"]
@@ -375,13 +382,19 @@ class Costs:
             forward = (*forward, copied)
         saving = Term("one of them in float32", widest**2 * (triangle(widest) * 4 + 0.5))
         packed = Term("second moments to be written, twice", 2 * _moments(block))
+        phases: list[Phase] = [forward, (moments, saving)]
+        unpacked = 0.0
+        if compression is not None:
+            stored = self._packed(self._stored(compression), block.layers)
+            before = (weights, Term("the same, compressed", stored))
+            phases += [(*before, *_dequantizing(layer)) for layer in block.layers]
+            unpacked = sum(2 * n.rows * n.columns**2 * n.copies for b in mine for n in b.layers)
         if self.cuda:
-            device, host = self._memory("covariance", forward, (moments, saving))
+            device, host = self._memory("covariance", *phases)
             host = tuple((*phase, states, packed) for phase in host)
         else:
-            device, host = self._memory(
-                "covariance", (*forward, states), (moments, saving, packed, states)
-            )
+            phases[1] = (*phases[1], packed)
+            device, host = self._memory("covariance", *((*phase, states) for phase in phases))
         multiplied = sum(
             n.columns**2 * triangle(n.columns) * 2 * tokens * n.active
             for some in mine
@@ -402,15 +415,15 @@ class Costs:
             {
                 "products": half * (forwarded + attention + self.cuda * multiplied),
                 "single": (not half) * (forwarded + attention)
-                + (not (half and self.cuda)) * multiplied,
+                + (not (half and self.cuda)) * multiplied
+                + unpacked,
                 "memory": added * batches * 24,  # a float32 product is written, read and added
                 "disk": sum(some.parameters for some in mine) * model.bytes + kept + passing,
             },
             passing,
         )
 
-    def _compressed_covariance(self, model: Shapes, compression: str, **names: str) -> Cost:
-        return self._covariance(model, **names)
+    _compressed_covariance = _covariance
 
     # -- decompose --
 
