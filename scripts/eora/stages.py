@@ -232,7 +232,7 @@ STAGES = {
     ),
     "evaluate": Stage("evaluations/{model}/{variant}/{task}", 2, _evaluate, "results.json"),
 }
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 
 def params(config: Config, stage: str, wildcards: Mapping[str, str]) -> Params:

@@ -77,20 +77,48 @@ def test_rows_are_sorted_by_a_column_and_those_without_a_number_are_last(tmp_pat
     assert found[4] == names and found[5] == names[::-1]
 
 
-@pytest.mark.parametrize("width", [400, 1600])
-def test_nothing_is_wider_than_the_window(tmp_path, width):
-    many = {"original": (0.6, 10.0), "w2g32": (0.4, 40.0), "w4g32": (0.58, 12.0)}
-    many |= {f"w2g32+r{rank}": (0.4 + rank / 1000, 40.0 - rank) for rank in (1, 2, 4, 8, 16, 32)}
-    html = page(tmp_path, make(tmp_path, many))
-    # A frame, as Chromium's windows are never as narrow as a phone.
+MANY = {"original": (0.6, 10.0), "w2g32": (0.4, 40.0), "w4g32": (0.58, 12.0)}
+MANY |= {f"w2g32+r{rank}": (0.4 + rank / 1000, 40.0 - rank) for rank in (1, 2, 4, 8, 16, 32)}
+
+
+def framed(folder: Path, html: str, width: int, script: str) -> Any:
+    """What a function's body returns of a page ("inside") in a frame of a width, as Chromium's
+    windows are never as narrow as a phone or a sheet."""
     frame = f"""<title></title>
         <iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{escape(html)}"></iframe>
         <script>onload = () => {{
-            const inside = frames[0].document.documentElement;
-            document.title = JSON.stringify([inside.scrollWidth, frames[0].innerWidth]);
+            const inside = frames[0].document;
+            document.title = JSON.stringify((() => {{ {script} }})());
         }}</script>"""
-    needed, given = told(tmp_path, frame)
+    return told(folder, frame)
+
+
+@pytest.mark.parametrize("width", [400, 1600])
+def test_nothing_is_wider_than_the_window(tmp_path, width):
+    html = page(tmp_path, make(tmp_path, MANY))
+    script = "return [inside.documentElement.scrollWidth, frames[0].innerWidth]"
+    needed, given = framed(tmp_path, html, width, script)
     assert needed <= given == width
+
+
+def test_a_printed_sheet_holds_all_of_every_table_and_what_was_folded(tmp_path):
+    """A sheet of A4 between its margins is 688 pixels wide, one that lies on its side 1,016."""
+    html = page(tmp_path, make(tmp_path, MANY))
+    assert html.count("@media print") == 1
+    script = """
+        const fold = () => inside.querySelectorAll("details:not([open])").length;
+        const before = fold();
+        frames[0].dispatchEvent(new Event("beforeprint"));
+        const meanwhile = fold();
+        const widths = [...inside.querySelectorAll("table")].map(
+            table => [table.closest(".sheet") !== null, table.getBoundingClientRect().right]);
+        frames[0].dispatchEvent(new Event("afterprint"));
+        return [before, meanwhile, fold(), widths];"""
+    printed = html.replace("@media print", "@media all")
+    before, meanwhile, after, widths = framed(tmp_path, printed, 688, script)
+    assert before == after > meanwhile == 0
+    assert len(widths) > 5 and any(lying for lying, _ in widths)
+    assert all(right <= (1016 if lying else 688) for lying, right in widths), widths
 
 
 def test_numbers_are_those_of_the_table(tmp_path):
