@@ -119,6 +119,39 @@ def assert_made_up_for(pipeline, compressed):
     assert gaps[1] < 0.8 * gaps[0] and gaps[2] < 0.01 * gaps[0], gaps
 
 
+def assert_fitted_to_its_own_inputs(pipeline, compressed):
+    """That what an adapter leaves is as told, measured in what the compressed model's layers read:
+    already rescaled, where those of the original are not."""
+    tokens = load_file(pipeline.results / "tokens/tiny/moments/tokens.safetensors")
+    data = covariance.batches(tokens["input_ids"], tokens["lengths"], 5)
+    original = streaming.BlockStream(pipeline.results / "models/tiny/model", "cpu")
+    stream = streaming.BlockStream(compressed / "model", "cpu", torch.float32)
+    scales, out = smoothing.Smoothing(compressed), compressed / "own"
+    (out / "factors").mkdir(parents=True)
+
+    def save(index, block):
+        covariance.save_moments(out / block_files.name(index), block)
+
+    covariance.run_shard(stream, range(2), data, None, out, save)
+    stream = streaming.BlockStream(compressed / "model", "cpu")
+    decomposition.decompose_block(
+        original, stream, 1, out, out / "factors", 16, "eora", scales, compressed_inputs=True
+    )
+    pairs, curves = factor_files.slice_rank(block_files.listed(out / "factors"), 16)
+    inputs = covariance.Moments(out / block_files.name(1))
+    with original.block(1) as exact, stream.block(1) as rounded:
+        layers = architectures.linear_layers(exact)
+        for name, layer in architectures.linear_layers(rounded).items():
+            full = f"model.layers.1.{name}"
+            a, b = pairs[full]
+            wanted = scales.weight(full, layers[name].weight.float())
+            rest = (wanted - architectures.dense_weight(layer).float() - b @ a).double()
+            lower = inputs.lower(inputs.shared[name]).double()
+            left = ((rest @ (lower + lower.tril(-1).T)) * rest).sum()
+            best = curves[full][16].item()
+            assert left.item() == pytest.approx(best, rel=1e-4), name
+
+
 def assert_told(original, compressed):
     """That the checkpoint's own weights tell the scales that it was made with."""
     _, found = existing.check(original / "model", compressed / "model")
@@ -157,6 +190,7 @@ def test_a_method_gives_a_folder_that_loads_and_decomposes(pipeline, tmp_path, c
     exact, _ = loading.load(model / "model")
     if settings["method"] == "awq":
         assert_made_up_for(pipeline, tmp_path)
+        assert_fitted_to_its_own_inputs(pipeline, tmp_path)
         assert_told(model, tmp_path)
     for part in ("lm_head", "model.embed_tokens", "model.norm"):
         torch.testing.assert_close(
