@@ -357,7 +357,10 @@ class Costs:
         batch = min(self.config["runtime"]["batch_size"], entry["samples"]) * entry["seqlen"]
         mine = model.share(int(shard), int(shards))
         block = max(mine, key=lambda block: _moments(block), default=model.largest)
-        half = model.bytes == 2 and (self.cuda or _has_bfloat16())
+        stored = {} if compression is None else self._stored(compression)
+        packed = "bits" in stored or stored.get("method") == "existing"
+        # A CPU takes bfloat16 where that is all that is stored, without integers and their scales.
+        half = model.bytes == 2 and (self.cuda or (_has_bfloat16() and not packed))
         width = 2 if half else 4
         widest = max((layer.columns for layer in block.inputs), default=0)
         sums = sum(n.columns**2 * triangle(n.columns) * n.copies for n in block.inputs) * 8
@@ -381,20 +384,21 @@ class Costs:
             copied = Term("an input in float32", batch * widest * 4, "runtime.batch_size")
             forward = (*forward, copied)
         saving = Term("one of them in float32", widest**2 * (triangle(widest) * 4 + 0.5))
-        packed = Term("second moments to be written, twice", 2 * _moments(block))
+        written = Term("second moments to be written, twice", 2 * _moments(block))
         phases: list[Phase] = [forward, (moments, saving)]
+        libraries = "compress" if packed else "covariance"  # AutoRound's reads packed layers
         unpacked = 0.0
-        if compression is not None:
-            stored = self._packed(self._stored(compression), block.layers)
-            before = (weights, Term("the same, compressed", stored))
+        if packed:
+            held = self._packed(stored, block.layers)
+            before = (weights, Term("the same, compressed", held))
             phases += [(*before, *_dequantizing(layer)) for layer in block.layers]
             unpacked = sum(2 * n.rows * n.columns**2 * n.copies for b in mine for n in b.layers)
         if self.cuda:
-            device, host = self._memory("covariance", *phases)
-            host = tuple((*phase, states, packed) for phase in host)
+            device, host = self._memory(libraries, *phases)
+            host = tuple((*phase, states, written) for phase in host)
         else:
-            phases[1] = (*phases[1], packed)
-            device, host = self._memory("covariance", *((*phase, states) for phase in phases))
+            phases[1] = (*phases[1], written)
+            device, host = self._memory(libraries, *((*phase, states) for phase in phases))
         multiplied = sum(
             n.columns**2 * triangle(n.columns) * 2 * tokens * n.active
             for some in mine
