@@ -11,15 +11,15 @@ from eora.result import Result
 @dataclass
 class Params:
     """Keys: method (eora, diagonal or svd); max_rank (larger ranks need another decomposition);
-    shard and shards; calibrate_on (whose inputs the second moments are of: original or compressed);
-    version."""
+    shard and shards; calibrate_on (compressed where the second moments are of that model's inputs,
+    else the original's); version."""
 
     method: str
     max_rank: int
     shard: int
     shards: int
     version: int
-    calibrate_on: str = "original"
+    calibrate_on: str | None = None
     trust_remote_code: bool = False
 
 

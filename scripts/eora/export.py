@@ -167,7 +167,7 @@ def facts(source: Source) -> dict[str, Any]:
         "hub": "hub" in manifest.load(source.original)["params"]["source"],
         "licence": licences[0] if licences else None,
         "method": fit["method"],
-        "inputs": fit.get("calibrate_on", "original"),
+        "inputs": fit.get("calibrate_on") or "original",
         "rank": source.variant.rank,
         "bits": source.variant.adapter_bits,
         "packed": source.variant.adapter_bits != 16,

@@ -142,7 +142,7 @@ def test_a_run_ends_on_a_full_disk_and_goes_on_when_there_is_room(small):
     aside = small.results.rename(small.folder / "aside")
     with disk(small.results, "64m"):
         assert small.start("cp", "-a", f"{aside}/.", small.results).wait() == 0
-        for made in ("compressed/tiny/w2", "covariance/tiny"):
+        for made in ("compressed/tiny/w2", "covariance/tiny/moments"):
             shutil.rmtree(small.results / made)
         filler = small.results / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(small.results).free - (60 << 10)))
