@@ -377,7 +377,6 @@ def test_what_layers_read_where_an_adapter_is_missing_is_nothing_to_fit_to(again
 
 # --- every constraint of the schema ---
 
-
 WRONG = {
     "string": 3,
     "integer": "x",
